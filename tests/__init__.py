@@ -1,0 +1,1 @@
+"""Tests that drive the real script, unit and installer; `python3 -m unittest` runs them."""

@@ -1,0 +1,472 @@
+"""A fake Azure: WireServer and IMDS as a VM sees them, on sockets of this machine.
+
+It refuses what the platform refuses (headers, api-version, method, a health report that is not
+this VM's), records every request, and plays a script of answers and faults for each resource:
+
+    with FakeAzure() as azure:
+        azure.script("goalstate", [Status(503), Reset()])
+        ...point a client at azure.wireserver and azure.imds...
+        azure.requests  # what it asked, in order
+
+`python3 -m tests.fake_azure` serves until Ctrl-C and prints each request.
+"""
+
+import argparse
+import contextlib
+import http.server
+import itertools
+import json
+import os
+import socket
+import socketserver
+import struct
+import threading
+import time
+import uuid
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from urllib.parse import parse_qs, urlsplit
+from xml.etree import ElementTree
+
+Address = Tuple[str, int]
+Listen = Callable[[Address], socket.socket]
+
+WIRESERVER_VERSION = "2012-11-30"
+
+GOAL_STATE = """\
+<?xml version="1.0" encoding="utf-8"?>
+<GoalState xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" \
+xsi:noNamespaceSchemaLocation="goalstate10.xsd">
+  <Version>{version}</Version>
+  <Incarnation>{incarnation}</Incarnation>
+  <Machine>
+    <ExpectedState>Started</ExpectedState>
+    <StopRolesDeadlineHint>300000</StopRolesDeadlineHint>
+    <LBProbePorts>
+      <Port>16001</Port>
+    </LBProbePorts>
+    <ExpectHealthReport>FALSE</ExpectHealthReport>
+  </Machine>
+  <Container>
+    <ContainerId>{container_id}</ContainerId>
+    <RoleInstanceList>
+      <RoleInstance>
+        <InstanceId>{instance_id}</InstanceId>
+        <State>Started</State>
+        <Configuration>
+          <SharedConfig>http://168.63.129.16:80/machine/{container_id}/x?comp=config&amp;\
+type=sharedConfig&amp;incarnation={incarnation}</SharedConfig>
+          <Certificates>http://168.63.129.16:80/machine/{container_id}/x?comp=certificates&amp;\
+incarnation={incarnation}</Certificates>
+        </Configuration>
+      </RoleInstance>
+    </RoleInstanceList>
+  </Container>
+</GoalState>
+"""
+
+
+class Request(NamedTuple):
+    """One request, as it arrived; `time` is of the monotonic clock, `resource` what it asked."""
+
+    time: float
+    resource: str
+    method: str
+    path: str
+    headers: Dict[str, str]
+    body: bytes
+    status: Optional[int]  # of the answer; None where a fault has none
+
+
+# The answers and faults of a script. Each is called with the handler that has to answer, and
+# its status is that of the answer, or None.
+
+
+class Status:
+    """Answer with any status, body and headers."""
+
+    def __init__(
+        self, status: int, body: Union[bytes, str] = b"", headers: Optional[Dict[str, str]] = None
+    ) -> None:
+        self.status: Optional[int] = status
+        self.body = body.encode("utf-8") if isinstance(body, str) else body
+        self.headers = headers or {}
+
+    def __call__(self, handler: "Handler") -> None:
+        handler.send_response(self.status or 200)
+        for name, value in self.headers.items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(self.body)))
+        handler.end_headers()
+        handler.wfile.write(self.body)
+
+
+class Text(Status):
+    """Answer 200 with BODY."""
+
+    def __init__(self, body: Union[bytes, str]) -> None:
+        super().__init__(200, body)
+
+
+class HealthAccepted(Status):
+    """Answer 200 to a health report, and note that the VM is ready."""
+
+    def __init__(self) -> None:
+        super().__init__(200)
+
+    def __call__(self, handler: "Handler") -> None:
+        handler.azure.ready.set()
+        super().__call__(handler)
+
+
+class Chunked(Text):
+    """Answer 200 with BODY in chunks of SIZE bytes."""
+
+    size = 100
+
+    def __call__(self, handler: "Handler") -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for start in range(0, len(self.body), self.size):
+            chunk = self.body[start : start + self.size]
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+        handler.wfile.write(b"0\r\n\r\n")
+
+
+class Fault:
+    """Something that is no answer; the connection is closed after it."""
+
+    status: Optional[int] = None
+
+    def __call__(self, handler: "Handler") -> None:
+        handler.close_connection = True
+
+
+class Raw(Fault):
+    """Answer with these very bytes: garbage, half an answer, a forged header."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer = answer
+
+    def __call__(self, handler: "Handler") -> None:
+        handler.wfile.write(self.answer)
+        super().__call__(handler)
+
+
+class Reset(Fault):
+    """Close the connection with a TCP reset."""
+
+    def __call__(self, handler: "Handler") -> None:
+        linger = struct.pack("ii", 1, 0)  # socket(7): on, for 0 s
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        os.close(handler.connection.detach())  # close() would wait for the handler's files
+        super().__call__(handler)
+
+
+class Silence(Fault):
+    """Never answer, and keep the connection open."""
+
+    def __call__(self, handler: "Handler") -> None:
+        handler.azure.closing.wait()
+        super().__call__(handler)
+
+
+class Trickle(Fault):
+    """Send START, then ENDLESS again and again, a byte every INTERVAL seconds."""
+
+    def __init__(self, start: bytes, endless: bytes = b"x", interval: float = 0.05) -> None:
+        self.start, self.endless, self.interval = start, endless, interval
+
+    def __call__(self, handler: "Handler") -> None:
+        handler.wfile.write(self.start)
+        for byte in itertools.cycle(self.endless):
+            if handler.azure.closing.wait(self.interval):
+                break
+            handler.wfile.write(bytes([byte]))
+        super().__call__(handler)
+
+
+class Flood(Fault):
+    """Send START, then BLOCK without end, as fast as the client takes it."""
+
+    def __init__(self, start: bytes, block: bytes = b"x" * 65536) -> None:
+        self.start, self.block = start, block
+
+    def __call__(self, handler: "Handler") -> None:
+        handler.wfile.write(self.start)
+        while not handler.azure.closing.is_set():
+            handler.wfile.write(self.block)
+        super().__call__(handler)
+
+
+Answer = Union[Status, Fault]
+OK = b"HTTP/1.1 200 OK\r\n"  # the beginning of many a Raw, Trickle or Flood
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers one connection, at either address."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = "Microsoft-IIS/10.0"
+    sys_version = ""
+    azure: "FakeAzure"
+    role: str
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: FakeAzure.requests has it all."""
+
+    def do_GET(self) -> None:
+        """Record the request, and answer as the script or the platform has it."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        resource, answer = self.azure.answer(self, body)
+        headers = dict(self.headers)
+        self.azure.record(
+            Request(
+                time.monotonic(), resource, self.command, self.path, headers, body, answer.status
+            )
+        )
+        try:
+            answer(self)
+        except OSError:  # the client hung up on a fault
+            self.close_connection = True
+
+    do_POST = do_PUT = do_HEAD = do_DELETE = do_GET
+
+    def finish(self) -> None:
+        """Close, also where a fault closed the connection before."""
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Takes connections on a socket that is listening already."""
+
+    daemon_threads = True
+
+    def __init__(self, listening: socket.socket, handler: type) -> None:
+        socketserver.BaseServer.__init__(self, listening.getsockname(), handler)
+        self.socket = listening
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that hung up."""
+
+
+def listen(address: Address) -> socket.socket:
+    """Listen at ADDRESS, also where this machine does not have that address yet: ip(7)."""
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.setsockopt(socket.IPPROTO_IP, 15, 1)  # IP_FREEBIND, which socket does not name
+    listening.bind(address)
+    listening.listen(64)
+    return listening
+
+
+class FakeAzure:
+    """WireServer and IMDS of one VM; a context manager that serves in threads of its own.
+
+    LISTEN makes a listening socket for an address: a test in a network namespace has its own.
+    """
+
+    def __init__(
+        self,
+        wireserver: Address = ("127.0.0.1", 0),
+        imds: Address = ("127.0.0.1", 0),
+        listen: Listen = listen,
+    ) -> None:
+        self.incarnation = "1"
+        self.container_id = str(uuid.uuid4())
+        self.instance_id = f"{uuid.uuid4()}.MachineRole_IN_0"
+        # The part of the instance metadata that names the VM; a value of None is not there.
+        self.computer_name: Optional[str] = "web-prod-01"
+        self.vm_name: Optional[str] = "web-prod-01-vm"
+        self.oldest_api_only = False  # an IMDS that does not know api-version 2021-02-01
+        self.ready = threading.Event()  # a valid health report has arrived
+        self.closing = threading.Event()
+        self.requests: List[Request] = []
+        self.on_request: Callable[[Request], None] = lambda request: None
+        self._scripts: Dict[str, List[Answer]] = {}
+        self._forever: Dict[str, Answer] = {}
+        self._arrived = threading.Condition()
+        self._servers = [
+            self._server("wireserver", listen(wireserver)),
+            self._server("imds", listen(imds)),
+        ]
+        self.wireserver, self.imds = (
+            "{}:{}".format(*server.server_address[:2]) for server in self._servers
+        )
+
+    def _server(self, role: str, listening: socket.socket) -> Server:
+        return Server(listening, type("Handler", (Handler,), {"azure": self, "role": role}))
+
+    def __enter__(self) -> "FakeAzure":
+        """Start to serve."""
+        self._threads = [
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+            for server in self._servers
+        ]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        """Stop, and let go of every client that is still waiting."""
+        self.closing.set()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+        for thread in self._threads:
+            thread.join()
+
+    def script(
+        self, resource: str, answers: Sequence[Answer], forever: Optional[Answer] = None
+    ) -> None:
+        """Have the next requests for RESOURCE answered with ANSWERS, one each, then with FOREVER.
+
+        RESOURCE is "goalstate", "health", "computerName" or "name". Without FOREVER the platform's
+        own answer follows.
+        """
+        self._scripts[resource] = list(answers)
+        self._forever.pop(resource, None)
+        if forever is not None:
+            self._forever[resource] = forever
+
+    def asked(self, resource: str) -> List[Request]:
+        """The requests for RESOURCE so far."""
+        return [request for request in self.requests if request.resource == resource]
+
+    def wait_for(self, resource: str, count: int = 1, timeout: float = 30) -> None:
+        """Wait until RESOURCE has been asked for COUNT times; raises TimeoutError."""
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: len(self.asked(resource)) >= count, timeout):
+                raise TimeoutError(f"{resource} was not asked for {count} times in {timeout} s")
+
+    def goal_state(self) -> str:
+        """The goal state of this VM."""
+        return GOAL_STATE.format(
+            version=WIRESERVER_VERSION,
+            incarnation=self.incarnation,
+            container_id=self.container_id,
+            instance_id=self.instance_id,
+        )
+
+    def record(self, request: Request) -> None:
+        """Add REQUEST to the record, and tell those who wait for it."""
+        with self._arrived:
+            self.requests.append(request)
+            self.on_request(request)
+            self._arrived.notify_all()
+
+    def answer(self, handler: Handler, body: bytes) -> Tuple[str, Answer]:
+        """The resource that a request asks for, and what it is to be answered."""
+        path = urlsplit(handler.path)
+        query = {name: values[0] for name, values in parse_qs(path.query).items()}
+        if handler.role == "wireserver":
+            resource, answer = self._wireserver(handler, path.path, query, body)
+        else:
+            resource, answer = self._imds(handler, path.path, query)
+        script = self._scripts.get(resource)
+        if script:
+            return resource, script.pop(0)
+        return resource, self._forever.get(resource, answer)
+
+    def _wireserver(
+        self, handler: Handler, path: str, query: Dict[str, str], body: bytes
+    ) -> Tuple[str, Answer]:
+        if query.get("comp") == "versions" and path == "/":
+            return "versions", Text(
+                f"<Versions><Supported><Version>{WIRESERVER_VERSION}</Version></Supported></Versions>"
+            )
+        resource = query.get("comp", "") if path.rstrip("/") == "/machine" else ""
+        method = {"goalstate": "GET", "health": "POST"}.get(resource)
+        if method is None:
+            return "unknown", Status(404)
+        if handler.command != method:
+            return resource, Status(405)
+        if handler.headers.get("x-ms-version") != WIRESERVER_VERSION:
+            return resource, Status(400, "x-ms-version")
+        if resource == "goalstate":
+            headers = {"Content-Type": "text/xml; charset=utf-8"}
+            return resource, Status(200, self.goal_state(), headers)
+        return resource, self._health(handler, body)
+
+    def _health(self, handler: Handler, body: bytes) -> Answer:
+        if not handler.headers.get("Content-Type", "").startswith("text/xml"):
+            return Status(415)
+        try:
+            health = ElementTree.fromstring(body)
+        except ElementTree.ParseError:
+            return Status(400, "not XML")
+        state = "Container/RoleInstanceList/Role/Health/State"
+        if (
+            health.tag != "Health"
+            or health.findtext("Container/ContainerId") != self.container_id
+            or health.findtext("Container/RoleInstanceList/Role/InstanceId") != self.instance_id
+            or health.findtext(state) not in ("Ready", "NotReady")
+        ):
+            return Status(400, "not this VM's health")
+        if health.findtext("GoalStateIncarnation") != self.incarnation:
+            return Status(410)
+        return HealthAccepted() if health.findtext(state) == "Ready" else Status(200)
+
+    def _imds(self, handler: Handler, path: str, query: Dict[str, str]) -> Tuple[str, Answer]:
+        resource = path.rstrip("/").rsplit("/", 1)[-1]
+        if handler.command != "GET":
+            return resource, Status(405)
+        if handler.headers.get("Metadata", "").lower() != "true":
+            return resource, Status(400, "Required metadata header not specified")
+        if "X-Forwarded-For" in handler.headers:
+            return resource, Status(400, "a proxy")
+        version = query.get("api-version", "")
+        newest = "2019-06-01" if self.oldest_api_only else "2021-02-01"
+        if not "2017-04-02" <= version <= newest:
+            return resource, Status(400, "Bad request. api-version is invalid")
+        value: Any = self.metadata(version)
+        for name in path.strip("/").split("/"):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is None:
+            return resource, Status(404, "Not found")
+        if query.get("format") == "text":
+            if isinstance(value, dict):
+                value = "\n".join(value)
+            return resource, Status(200, value, {"Content-Type": "text/plain; charset=utf-8"})
+        headers = {"Content-Type": "application/json; charset=utf-8"}
+        return resource, Status(200, json.dumps(value), headers)
+
+    def metadata(self, version: str) -> Dict[str, Any]:
+        """The metadata tree of this VM as api-version VERSION has it."""
+        compute: Dict[str, Any] = {"azEnvironment": "AzurePublicCloud", "location": "westeurope"}
+        if self.vm_name is not None:
+            compute["name"] = self.vm_name
+        if version >= "2020-07-15" and self.computer_name is not None:
+            compute["osProfile"] = {"computerName": self.computer_name}
+        return {"metadata": {"instance": {"compute": compute}}}
+
+
+def describe(request: Request) -> str:
+    """One line on REQUEST, for people."""
+    outcome = "no answer" if request.status is None else str(request.status)
+    return f"{request.method} {request.path} -> {outcome}"
+
+
+def main() -> None:
+    """Serve until Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="tests.fake_azure", description=__doc__.split("\n")[0])
+    parser.add_argument("--wireserver", default="127.0.0.1:8080", metavar="HOST:PORT")
+    parser.add_argument("--imds", default="127.0.0.1:8081", metavar="HOST:PORT")
+    options = parser.parse_args()
+
+    def address(text: str) -> Address:
+        host, _, port = text.partition(":")
+        return host, int(port or 80)
+
+    with FakeAzure(address(options.wireserver), address(options.imds)) as azure:
+        azure.on_request = lambda request: print(describe(request), flush=True)
+        print(f"WireServer {azure.wireserver}, IMDS {azure.imds}; Ctrl-C ends it", flush=True)
+        try:
+            azure.closing.wait()
+        except KeyboardInterrupt:
+            print()
+
+
+if __name__ == "__main__":
+    main()

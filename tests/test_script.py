@@ -1,0 +1,482 @@
+"""The first boot as one run of the script: the steps, their order, what each one tells."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from typing import Dict, Union
+from xml.etree import ElementTree
+
+from tests.fake_azure import GOAL_STATE, Chunked, Status, Text
+from tests.harness import ROOT, SCRIPT, ScriptTest, popen
+
+
+class FirstBootTest(ScriptTest):
+    def test_steps_run_in_order(self) -> None:
+        machine = self.machine()
+        run = self.provision(machine=machine)
+        self.assertEqual((run.status, run.errors), (0, ""))
+        self.assertEqual(
+            [(request.method, request.resource) for request in self.azure.requests],
+            [("GET", "goalstate"), ("POST", "health"), ("GET", "computerName")],
+        )
+        self.assertTrue(self.azure.ready.is_set())
+        self.assertEqual(
+            machine.calls,
+            [
+                "hostnamectl set-hostname web-prod-01",
+                "systemctl disable --no-reload azure-provisioning.service",
+            ],
+        )
+
+    def test_the_script_itself_needs_no_driver(self) -> None:
+        machine = self.machine()
+        process = popen([sys.executable, "-I", str(SCRIPT), *self.endpoints], machine)
+        output, errors = process.communicate(timeout=30)
+        self.assertEqual((process.returncode, errors), (0, ""), output)
+        self.assertEqual(machine.calls[0], "hostnamectl set-hostname web-prod-01")
+
+    def test_output_keeps_the_landmarks(self) -> None:
+        lines = self.provision().lines
+        self.assert_in_order(
+            [
+                r"^Retrieving the goal state from the WireServer",
+                f"^ContainerId: {self.azure.container_id}$",
+                f"^InstanceId: {re.escape(self.azure.instance_id)}$",
+                r"<Health><GoalStateIncarnation>1<.*<State>Ready</State>.*</Health>$",
+                r"^Response: 200 OK$",
+                r"^Hostname: web-prod-01 \(compute/osProfile/computerName\)$",
+                r"^Hostname set by hostnamectl$",
+                r"^The hostname will be published at the next boot: ",
+                r"^azure-provisioning.service disabled$",
+                r"^Provisioned as web-prod-01 in \d+\.\d\d s$",
+            ],
+            lines,
+        )
+        self.assertLessEqual(len(lines), 12)
+
+    def test_requests_carry_the_headers_of_the_platform(self) -> None:
+        self.provision()
+        goal_state, health, name = self.azure.requests
+        self.assertEqual(goal_state.path, "/machine?comp=goalstate")
+        self.assertEqual(health.path, "/machine?comp=health")
+        for request in (goal_state, health):
+            self.assertEqual(request.headers["x-ms-version"], "2012-11-30")
+            self.assertEqual(request.headers["x-ms-agent-name"], "custom-provisioning")
+        self.assertEqual(health.headers["Content-Type"], "text/xml;charset=utf-8")
+        self.assertEqual(name.headers["Metadata"], "true")
+        self.assertEqual(
+            name.path,
+            "/metadata/instance/compute/osProfile/computerName?api-version=2021-02-01&format=text",
+        )
+
+    def test_health_report_names_this_vm_and_its_own_incarnation(self) -> None:
+        self.azure.incarnation = "7"
+        self.provision()
+        body = self.azure.asked("health")[0].body
+        self.assertEqual(
+            body.decode(),
+            "<Health><GoalStateIncarnation>7</GoalStateIncarnation><Container>"
+            f"<ContainerId>{self.azure.container_id}</ContainerId><RoleInstanceList><Role>"
+            f"<InstanceId>{self.azure.instance_id}</InstanceId>"
+            "<Health><State>Ready</State></Health></Role></RoleInstanceList></Container></Health>",
+        )
+
+    def test_ids_are_escaped_in_the_health_report(self) -> None:
+        self.azure.container_id = "a&amp;b&lt;c\u00e9"
+        self.azure.script("health", [Status(200)])
+        run = self.provision()
+        self.assertEqual(run.status, 0)
+        report = ElementTree.fromstring(self.azure.asked("health")[0].body.decode("utf-8"))
+        self.assertEqual(report.findtext("Container/ContainerId"), "a&b<c\u00e9")
+
+    def test_incarnation_is_1_where_it_is_absent(self) -> None:
+        for empty in ("", "<Incarnation/>", "<Incarnation> </Incarnation>"):
+            with self.subTest(empty):
+                goal_state = self.azure.goal_state().replace("<Incarnation>1</Incarnation>", empty)
+                self.azure.script("goalstate", [Text(goal_state)])
+                self.assertEqual(self.provision().status, 0)
+                self.assertIn(b"<GoalStateIncarnation>1<", self.azure.asked("health")[-1].body)
+
+    def test_first_of_several_instances_is_reported(self) -> None:
+        second = "<RoleInstance><InstanceId>second</InstanceId></RoleInstance></RoleInstanceList>"
+        goal_state = self.azure.goal_state().replace("</RoleInstanceList>", second)
+        self.assertIn("second", goal_state)
+        self.azure.script("goalstate", [Text(goal_state)])
+        self.assertEqual(self.provision().status, 0)
+        self.assertTrue(self.azure.ready.is_set())
+
+    def test_byte_order_mark_and_chunks_are_no_obstacle(self) -> None:
+        self.azure.script("goalstate", [Chunked("\ufeff" + self.azure.goal_state())])
+        self.azure.script("computerName", [Chunked("web-prod-02")])
+        machine = self.machine()
+        run = self.provision(machine=machine)
+        self.assertEqual(run.status, 0, run.output)
+        self.assertEqual(len(self.azure.requests), 3)
+        self.assertEqual(machine.calls[0], "hostnamectl set-hostname web-prod-02")
+
+    def test_any_2xx_accepts_the_health_report(self) -> None:
+        for status in (200, 201, 202, 204, 299):
+            with self.subTest(status):
+                self.azure.script("health", [Status(status)])
+                run = self.provision()
+                self.assertEqual(run.status, 0)
+                self.assertIn(f"Response: {status}", run.output)
+        self.assertEqual(len(self.azure.asked("health")), 5)
+
+
+class HostnameTest(ScriptTest):
+    def hostname(self) -> str:
+        """The name that hostnamectl was given, in a run that succeeds."""
+        machine = self.machine()
+        run = self.provision(machine=machine)
+        self.assertEqual(run.status, 0, run.output)
+        words = machine.calls[0].split(" ", 2)
+        self.assertEqual(words[:2], ["hostnamectl", "set-hostname"])
+        return words[2]
+
+    def test_scale_set_vm_gets_its_computer_name(self) -> None:
+        self.azure.vm_name, self.azure.computer_name = "myset_0", "myset000000"
+        self.assertEqual(self.hostname(), "myset000000")
+        self.assertEqual(self.azure.asked("name"), [])
+
+    def test_old_imds_gives_the_vm_name(self) -> None:
+        self.azure.oldest_api_only = True
+        self.assertEqual(self.hostname(), "web-prod-01-vm")
+        self.assertEqual(
+            self.azure.asked("name")[0].path,
+            "/metadata/instance/compute/name?api-version=2019-06-01&format=text",
+        )
+
+    def test_vm_name_where_there_is_no_computer_name(self) -> None:
+        for answer in (Status(404), Status(400), Text(""), Text(" \r\n\t")):
+            with self.subTest(answer.status):
+                self.azure.script("computerName", [answer])
+                self.assertEqual(self.hostname(), "web-prod-01-vm")
+
+    def test_other_failures_do_not_fall_back_to_the_vm_name(self) -> None:
+        self.azure.script("computerName", [Status(410), Status(429), Status(500), Status(503)])
+        self.assertEqual(self.hostname(), "web-prod-01")
+        self.assertEqual(self.azure.asked("name"), [])
+
+    def test_surrounding_white_space_is_dropped(self) -> None:
+        self.azure.computer_name = "\r\n\t web-prod-03 \r\n"
+        self.assertEqual(self.hostname(), "web-prod-03")
+
+    def test_valid_names_are_taken_as_they_are(self) -> None:
+        for name in (
+            "a",
+            "7",
+            "Web-PROD",
+            "a--b",
+            "web.example.com",
+            "x" * 63,
+            "x" * 31 + "." + "y" * 32,
+        ):
+            with self.subTest(name):
+                self.azure.computer_name = name
+                self.assertEqual(self.hostname(), name)
+
+    def test_invalid_names_are_final_and_change_nothing(self) -> None:
+        machine = self.machine()
+        names: Dict[Union[bytes, str], str] = {
+            "myset_0": "myset_0",
+            "-web": "-web",
+            "web-": "web-",
+            "a.-b": "a.-b",
+            "a-.b": "a-.b",
+            "web prod": "web prod",
+            "web\nprod": r"web\\nprod",
+            "web\r\n<3>forged": r"web\\r\\n<3>forged",
+            "web\x1b[2J": r"web\\x1b\[2J",
+            "web\x00": r"web\\x00",
+            "--help": "--help",
+            "$(reboot)": r"\$\(reboot\)",
+            ".web": r"\.web",
+            "web.": r"web\.",
+            "a..b": r"a\.\.b",
+            "x" * 64: "x{64}",
+            "x" * 32 + "." + "y" * 32: r"x{32}\.y{32}",
+            "x" * 5000: r"x{97}\.\.\.",
+            "w\u00e9b": r"w\\xc3\\xa9b",
+            "\u2028": r"\\xe2\\x80\\xa8",
+            "<html><body>502 Bad Gateway</body></html>": "<html>",
+            b"\xff\xfe": r"\\xff\\xfe",
+        }
+        for name, shown in names.items():
+            with self.subTest(name):
+                self.azure.ready.clear()
+                asked = len(self.azure.asked("computerName"))
+                self.azure.script("computerName", [Text(name)])
+                run = self.provision(machine=machine)
+                self.assertEqual(run.status, 1)
+                self.assertTrue(self.azure.ready.is_set(), "Ready was not posted before")
+                self.assertEqual(len(self.azure.asked("computerName")), asked + 1, "tried again")
+                self.assertEqual(machine.calls, [])
+                self.assertEqual(machine.hostname_file.read_text(), "localhost\n")
+                self.assertRegex(
+                    run.lines[-1], f"^Not provisioned: .*hostname: {shown}.*; the next"
+                )
+                self.assertLess(len(run.lines[-1]), 220)
+                self.assertEqual(len(run.lines), 7)
+                self.assertRegex(run.output, r"\A[\x20-\x7e\n]*\Z")
+
+
+class SetHostnameTest(ScriptTest):
+    def test_missing_or_failing_hostnamectl_leaves_it_to_the_kernel_and_the_file(self) -> None:
+        for hostnamectl in (
+            {},
+            {"hostnamectl": "echo Failed to connect to bus: No such file >&2; exit 1"},
+            {"hostnamectl": "kill $$"},
+        ):
+            with self.subTest(hostnamectl):
+                machine = self.machine(systemctl="", **hostnamectl)
+                inode = machine.hostname_file.stat().st_ino
+                run = self.provision(machine=machine)
+                self.assertEqual(run.status, 0, run.output)
+                self.assertIn("sethostname web-prod-01", machine.calls)
+                self.assertEqual(machine.hostname_file.read_text(), "web-prod-01\n")
+                self.assertEqual(machine.hostname_file.stat().st_ino, inode, "not in place")
+                self.assertRegex(run.output, "hostnamectl: .*; setting the hostname without")
+                self.assertRegex(machine.calls[-1], "^systemctl disable")
+
+    def test_hostnamectl_that_hangs_is_given_up_with_all_its_children(self) -> None:
+        machine = self.machine(hostnamectl="sleep 600 & sleep 600", systemctl="")
+        run = self.provision(
+            machine=machine, COMMAND_TIMEOUT=0.3, environment={"PATH": f"{machine.bin}:/bin"}
+        )
+        self.assertEqual(run.status, 0, run.output)
+        self.assertLess(run.seconds, 10)
+        self.assertEqual(machine.hostname_file.read_text(), "web-prod-01\n")
+
+    def test_read_only_etc_costs_a_warning(self) -> None:
+        machine = self.machine(systemctl="")
+        run = self.provision(
+            machine=machine,
+            HOSTNAME_FILE="/proc/sys/kernel/ostype",
+            environment={"JOURNAL_STREAM": "8:1"},
+        )
+        self.assertEqual(run.status, 0, run.output)
+        self.assertIn("sethostname web-prod-01", machine.calls)
+        self.assertRegex(run.output, "(?m)^<4>/proc/sys/kernel/ostype: .*until the next boot$")
+
+    def test_hostname_that_cannot_be_set_fails_the_run(self) -> None:
+        machine = self.machine(hostnamectl="echo REFUSED; exit 1", systemctl="")
+        machine.record.write_text("REFUSED\n")
+        run = self.provision(machine=machine)
+        self.assertEqual(run.status, 1)
+        self.assertRegex(run.lines[-1], "cannot be set: Operation not permitted; the next boot")
+        self.assertNotIn("systemctl", " ".join(machine.calls))
+
+    def test_tools_cannot_forge_a_line(self) -> None:
+        machine = self.machine(
+            hostnamectl=r"printf 'no\n<0>forged\033[2J\377'; exit 1", systemctl=""
+        )
+        run = self.provision(machine=machine)
+        self.assertEqual(run.status, 0)
+        self.assertIn(r"hostnamectl: no\n<0>forged\x1b[2J\xff; setting", run.output)
+
+
+class DisableTest(ScriptTest):
+    def test_unit_that_stays_enabled_is_a_warning_and_no_failure(self) -> None:
+        for systemctl in ({}, {"systemctl": "echo Read-only file system >&2; exit 1"}):
+            with self.subTest(systemctl):
+                machine = self.machine(hostnamectl="", **systemctl)
+                run = self.provision(machine=machine, environment={"JOURNAL_STREAM": "8:1"})
+                self.assertEqual(run.status, 0)
+                self.assertRegex(run.output, "(?m)^<4>systemctl: .*will run again at the next boot")
+                self.assertRegex(run.lines[-1], "^<6>Provisioned as web-prod-01 in ")
+
+
+class OutputTest(ScriptTest):
+    def test_priorities_under_systemd(self) -> None:
+        self.azure.script("goalstate", [Status(503)])
+        self.azure.script("computerName", [Text("not_valid")])
+        run = self.provision(environment={"JOURNAL_STREAM": "8:12345"})
+        for line in run.lines:
+            self.assertRegex(line, r"^<[3-6]>\S")
+        self.assertRegex(run.output, "(?m)^<6>Retrieving the goal state")
+        self.assertRegex(run.output, "(?m)^<4>.*503 Service Unavailable; trying again for")
+        self.assertRegex(run.output, "(?m)^<3>Not provisioned: ")
+
+    def test_no_priorities_elsewhere(self) -> None:
+        self.assertNotRegex(self.provision().output, "(?m)^<[0-9]>")
+
+    def test_no_priorities_on_a_terminal(self) -> None:
+        master, terminal = pty.openpty()
+        self.addCleanup(os.close, master)
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), "--dry-run", *self.endpoints],
+            stdout=terminal,
+            env={"JOURNAL_STREAM": "8:12345"},
+        )
+        os.close(terminal)
+        self.assertEqual(process.wait(30), 0)
+        self.assertRegex(os.read(master, 100), b"^Retrieving")
+
+    def test_each_line_is_flushed_at_once(self) -> None:
+        self.azure.computer_name = None
+        self.azure.vm_name = None
+        machine = self.machine()
+        process = self.start(machine=machine)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("Response: 200"):
+                break
+        self.assertIsNone(process.poll())
+        process.kill()
+        process.communicate()
+
+    def test_output_that_nobody_reads_does_not_stop_the_run(self) -> None:
+        machine = self.machine()
+        self.azure.script("goalstate", [Status(503)])
+        process = self.start(machine=machine)
+        assert process.stdout is not None
+        process.stdout.close()
+        self.assertEqual(process.wait(30), 0)
+        self.assertEqual(len(machine.calls), 2)
+        assert process.stderr is not None
+        self.assertEqual(process.stderr.read(), "")
+        process.stderr.close()
+
+    def test_long_and_hostile_ids_stay_one_short_line_each(self) -> None:
+        hostile = "id\n<3>forged\u2028\x85" + "x" * 200000
+        self.azure.script(
+            "goalstate",
+            [
+                Text(
+                    GOAL_STATE.format(
+                        version="", incarnation=hostile, container_id=hostile, instance_id=hostile
+                    )
+                )
+            ],
+        )
+        self.azure.script("health", [Status(200)])
+        run = self.provision()
+        self.assertEqual(run.status, 0)
+        self.assertLess(max(len(line) for line in run.lines), 1100)
+        self.assertRegex(run.output, r"\A[\x20-\x7e\n]*\Z")
+        self.assertNotRegex(run.output, "(?m)^<3>")
+
+
+class CommandLineTest(ScriptTest):
+    def test_dry_run_shows_all_and_touches_nothing(self) -> None:
+        machine = self.machine()
+        run = self.provision("--dry-run", machine=machine)
+        self.assertEqual(run.status, 0)
+        self.assertEqual([r.method for r in self.azure.requests], ["GET", "GET"])
+        self.assertEqual(machine.calls, [])
+        self.assertIn(f"<ContainerId>{self.azure.container_id}</ContainerId>", run.output)
+        self.assertIn("Hostname: web-prod-01 (", run.output)
+        self.assertRegex(run.lines[-1], "^Dry run: nothing was posted, nothing was changed")
+
+    def test_dry_run_waits_and_checks_as_the_real_one_does(self) -> None:
+        self.azure.script("goalstate", [Status(500)])
+        self.azure.computer_name = "not_valid"
+        run = self.provision("--dry-run")
+        self.assertEqual(run.status, 1)
+        self.assertEqual(len(self.azure.asked("goalstate")), 2)
+
+    def test_version_is_the_only_one(self) -> None:
+        run = self.provision("--version")
+        self.assertEqual((run.status, run.errors), (0, ""))
+        self.assertRegex(run.output, r"^azure_provision.py \d+\.\d+\.\d+\n$")
+        version = run.output.split()[1]
+        self.assertNotIn(version, (ROOT / "pyproject.toml").read_text())
+
+    def test_help_names_every_option(self) -> None:
+        run = self.provision("--help")
+        self.assertEqual((run.status, run.errors), (0, ""))
+        for option in ("--wireserver", "--imds", "--dry-run", "--version", "--help"):
+            self.assertIn(option, run.output)
+
+    def test_usage_errors_are_status_2_and_one_clear_line(self) -> None:
+        for arguments in (
+            ["--no-such-option"],
+            ["argument"],
+            ["--dry"],
+            ["--wireserver"],
+            ["--wireserver", ""],
+            ["--wireserver", "host:"],
+            ["--wireserver", "host:http"],
+            ["--wireserver", "host:0"],
+            ["--wireserver", "host:65536"],
+            ["--wireserver", "host:\u0661"],
+            ["--imds", "a b"],
+            ["--imds", "a\nb"],
+            ["--imds", "http://169.254.169.254"],
+            ["--imds", "x" * 64],
+            ["--imds", "::1"],
+        ):
+            with self.subTest(arguments):
+                environment = {"PYTHONIOENCODING": "utf-8", "LC_ALL": "C.UTF-8"}
+                run = self.provision(*arguments, endpoints=False, environment=environment)
+                self.assertEqual((run.status, run.output), (2, ""))
+                self.assertRegex(run.errors.splitlines()[-1], "^azure_provision.py: error: .")
+        self.assertEqual(self.azure.requests, [])
+
+    def test_ctrl_c_leaves_no_traceback(self) -> None:
+        self.azure.script("goalstate", [], forever=Status(503))
+        process = popen([sys.executable, str(SCRIPT), *self.endpoints], self.machine())
+        self.azure.wait_for("goalstate", 2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        self.assertEqual((process.returncode, errors), (-signal.SIGINT, ""))
+
+
+class PlatformTest(ScriptTest):
+    def test_another_platform_is_left_alone(self) -> None:
+        for tag, shown in (("Amazon EC2\n", "Amazon EC2"), ("", ""), ("a\nb\x1b", r"a\nb\x1b")):
+            with self.subTest(tag):
+                machine = self.machine()
+                file = machine.root / "tag"
+                file.write_text(tag)
+                run = self.provision(
+                    machine=machine,
+                    endpoints=False,
+                    CHASSIS_ASSET_TAG_FILE=str(file),
+                    WIRESERVER=self.azure.wireserver,
+                    IMDS=self.azure.imds,
+                )
+                self.assertEqual((run.status, len(run.lines)), (0, 1))
+                self.assertIn(f'Not on Azure (the chassis asset tag is "{shown}")', run.output)
+                self.assertEqual((machine.calls, self.azure.requests), ([], []))
+
+    def test_azure_and_a_machine_without_a_tag_are_provisioned(self) -> None:
+        for tag in ("7783-7084-3265-9085-8269-3286-77\n", None):
+            with self.subTest(tag):
+                machine = self.machine()
+                file = machine.root / "tag"
+                if tag is not None:
+                    file.write_text(tag)
+                run = self.provision(
+                    machine=machine,
+                    endpoints=False,
+                    CHASSIS_ASSET_TAG_FILE=str(file),
+                    WIRESERVER=self.azure.wireserver,
+                    IMDS=self.azure.imds,
+                )
+                self.assertEqual(run.status, 0, run.output)
+                self.assertEqual(len(machine.calls), 2)
+
+    def test_naming_an_endpoint_skips_the_check(self) -> None:
+        machine = self.machine()
+        file = machine.root / "tag"
+        file.write_text("Amazon EC2\n")
+        for option in ("--wireserver", "--imds"):
+            with self.subTest(option):
+                run = self.provision(
+                    *[
+                        option,
+                        self.azure.wireserver if option == "--wireserver" else self.azure.imds,
+                    ],
+                    machine=machine,
+                    endpoints=False,
+                    CHASSIS_ASSET_TAG_FILE=str(file),
+                    WIRESERVER=self.azure.wireserver,
+                    IMDS=self.azure.imds,
+                )
+                self.assertEqual(run.status, 0, run.output)
+        self.assertEqual(len(self.azure.requests), 6)
