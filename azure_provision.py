@@ -98,7 +98,8 @@ def keep_trying(attempt: "Callable[[], T]", limit: float) -> "T":
         except ProvisioningError as error:
             spent = time.monotonic() - started
             if spent >= limit:
-                raise ProvisioningError(f"{error}; {tries} tries in {spent:.1f} s") from None
+                failure = f"{error}; gave up at try {tries}, after {spent:.1f} s"
+                raise ProvisioningError(failure) from None
             if str(error) != reason and logged < MAX_REASONS:
                 logged += 1
                 more = "" if logged < MAX_REASONS else "; further reasons are not logged"
@@ -151,10 +152,10 @@ def exchange(
         connection.sock = BoundedSocket()
         connection.sock.connect((connection.host, connection.port))
         connection.request(method, path, body.encode("utf-8") or None, headers)
-        response = connection.getresponse()
-        answer = response.read(MAX_ANSWER)
-        if response.length:  # http.client takes a body that was cut short here for a whole one
-            raise http.client.IncompleteRead(answer, response.length)
+        with connection.getresponse() as response:
+            answer = response.read(MAX_ANSWER)
+            if response.length:  # http.client takes a body cut short here for a whole one
+                raise http.client.IncompleteRead(answer, response.length)
     except socket.timeout:
         raise ProvisioningError(f"{host}: {request}: no answer in {ANSWER_TIMEOUT} s") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
