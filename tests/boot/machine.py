@@ -1,0 +1,451 @@
+"""A virtual machine to boot: an image, a copy of it, a network with an Azure of its own."""
+
+import atexit
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import unittest
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
+
+from azure_provision import AZURE_CHASSIS_ASSET_TAG, CHASSIS_ASSET_TAG_FILE, IMDS, UNIT, WIRESERVER
+from tests.fake_azure import Address, FakeAzure, listen
+from tests.harness import INSTALLER
+
+T = TypeVar("T")
+
+SUITE = os.environ.get("BOOT_SUITE", "bookworm")
+CACHE = Path(os.environ.get("BOOT_CACHE", "/var/cache/azure-provision-boot"))
+RUN = Path("/run/azure-provision-boot")  # what one run makes; no other run's names
+PREFIX = "azboot"  # of network namespaces and interfaces; an interface has 15 characters at most
+
+PLAIN = ["systemd", "systemd-sysv", "python3", "iproute2"]
+PACKAGES = {
+    "plain": [*PLAIN, "dbus", "libpam-systemd", "curl"],
+    "no-dbus": PLAIN,
+    "network-manager": [*PLAIN, "dbus", "libpam-systemd", "network-manager"],
+}
+
+# Ordered after everything else: tells how the boot went, and ends it at once.
+REPORT_UNIT = f"""\
+[Unit]
+After=multi-user.target {UNIT}
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh /report/script
+
+[Install]
+WantedBy=graphical.target
+"""
+REPORT_SCRIPT = f"""\
+cd /report
+uname -n >hostname
+cat /etc/hostname >etc-hostname
+ip -4 -brief address show >addresses
+systemctl is-enabled {UNIT} >enabled
+systemctl show {UNIT} >unit
+systemctl --version >systemd
+python3 --version >python 2>&1
+journalctl --sync
+journalctl -b -o json --all >journal
+touch complete
+systemctl --force --force poweroff
+"""
+
+
+def missing() -> List[str]:
+    """What the boot tests need and this machine does not have."""
+    tools = {"systemd-nspawn": "systemd-container", "mmdebstrap": "mmdebstrap"}
+    tools.update({"ip": "iproute2", "dnsmasq": "dnsmasq-base"})
+    absent = [f"{tool} ({tools[tool]})" for tool in tools if which(tool) is None]
+    return absent if os.geteuid() == 0 else ["root", *absent]
+
+
+def which(tool: str) -> Optional[str]:
+    return shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def command(*words: Any, **environment: Any) -> str:
+    """The output of a command that succeeds; raises CalledProcessError with its errors."""
+    path = {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin", "LC_ALL": "C.UTF-8"}
+    process = subprocess.run(
+        [str(word) for word in words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        env=dict(os.environ, **path, **{name: str(v) for name, v in environment.items()}),
+    )
+    if process.returncode:
+        raise RuntimeError(f"{words}: status {process.returncode}: {process.stderr[-2000:]}")
+    return process.stdout
+
+
+# Images, built once.
+
+
+def image(variant: str, suite: str = SUITE) -> Path:
+    """The directory of an image; takes half a minute when it is not in the cache yet."""
+    packages = ",".join(PACKAGES[variant])
+    key = hashlib.sha256(packages.encode()).hexdigest()[:8]
+    directory = CACHE / f"{suite}-{variant}-{key}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(str(CACHE / "lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be building it
+        if not directory.exists():
+            print(f"building {directory}", file=sys.stderr, flush=True)
+            unfinished = CACHE / "unfinished"
+            shutil.rmtree(str(unfinished), ignore_errors=True)
+            command(
+                "mmdebstrap",
+                "--quiet",
+                "--variant=minbase",
+                f"--include={packages}",
+                '--aptopt=Acquire::Check-Valid-Until "false"',
+                suite,
+                unfinished,
+                *([mirror()] if suite != host_suite() else []),
+            )
+            unfinished.rename(directory)
+    return directory
+
+
+def host_suite() -> str:
+    """The suite of this machine, for which mmdebstrap takes this machine's own sources."""
+    for line in Path("/etc/os-release").read_text().splitlines():
+        if line.startswith("VERSION_CODENAME="):
+            return line.split("=")[1].strip('"')
+    return ""
+
+
+def mirror() -> str:
+    """The first Debian mirror of this machine's apt."""
+    for line in command("apt-get", "indextargets", "--format", "$(REPO_URI)").splitlines():
+        if "debian" in line and "security" not in line:
+            return line
+    return "http://deb.debian.org/debian"
+
+
+# Everything that a run makes, removed at its end, or by the next run if this one is killed.
+
+_numbers = itertools.count(1)
+_undo: List[Callable[[], Any]] = []
+
+
+def undo_at_exit(action: Callable[[], Any]) -> None:
+    """Have ACTION done at the end of this process, if nothing does it before."""
+    if not _undo:
+        atexit.register(clean_up)
+        for name in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(name, lambda number, frame: sys.exit(128 + number))
+        sweep()
+    _undo.append(action)
+
+
+def clean_up() -> None:
+    """Undo all that is still there, the newest first."""
+    while _undo:
+        _undo.pop()()
+
+
+def sweep() -> None:
+    """Remove what runs left behind that were killed."""
+    for entry in command("ip", "netns", "list").split():
+        if entry.startswith(PREFIX) and not Path("/proc", entry.split("-")[1]).exists():
+            command("ip", "netns", "delete", entry)
+    for directory in RUN.glob("*-*"):
+        if not Path("/proc", directory.name.split("-")[0]).exists():
+            remove_tree(directory)
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove the copy of an image."""
+    subprocess.call(
+        ["umount", "--lazy", str(directory / "root")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    shutil.rmtree(str(directory), ignore_errors=True)
+
+
+# The network.
+
+
+class Namespace:
+    """A network namespace of its own; nothing leaves it."""
+
+    def __init__(self) -> None:
+        self.name = f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
+        undo_at_exit(self.remove)
+        command("ip", "netns", "add", self.name)
+        self.ip("link", "set", "lo", "up")
+
+    def remove(self) -> None:
+        if Path("/run/netns", self.name).exists():
+            command("ip", "netns", "delete", self.name)
+
+    def ip(self, *words: str) -> str:
+        return command("ip", "-n", self.name, *words)
+
+    def add_platform(self) -> None:
+        """Give it the addresses of the WireServer and of IMDS."""
+        for address in (WIRESERVER, IMDS):
+            self.ip("address", "add", f"{address}/32", "dev", "lo")
+
+    def inside(self, action: Callable[[], T]) -> T:
+        """Do ACTION in this namespace, in a thread of its own; a socket made there stays in it."""
+        results: List[T] = []
+        failures: List[BaseException] = []
+
+        def enter() -> None:
+            try:
+                with open(f"/run/netns/{self.name}") as file:
+                    libc = ctypes.CDLL(None, use_errno=True)
+                    if libc.setns(file.fileno(), 0x40000000):  # CLONE_NEWNET: setns(2)
+                        raise OSError(ctypes.get_errno(), "setns")
+                results.append(action())
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        if failures:
+            raise failures[0]
+        return results[0]
+
+    def azure(
+        self, wireserver: Address = (WIRESERVER, 80), imds: Address = (IMDS, 80)
+    ) -> FakeAzure:
+        """Listen at the platform's addresses here, which may come later."""
+        return FakeAzure(
+            wireserver, imds, listen=lambda address: self.inside(lambda: listen(address))
+        )
+
+
+# The machine.
+
+
+class Boot:
+    """How one boot went."""
+
+    def __init__(self, report: Path, console: str) -> None:
+        self.console = console
+        self.files = {
+            path.name: path.read_text(encoding="utf-8", errors="replace")
+            for path in report.iterdir()
+            if path.is_file()
+        }
+        self.journal: List[Dict[str, Any]] = [
+            json.loads(line) for line in self.files.get("journal", "").splitlines()
+        ]
+        self.unit = dict(
+            line.split("=", 1) for line in self.files.get("unit", "").splitlines() if "=" in line
+        )
+        self.hostname = self.files.get("hostname", "").strip()
+        self.etc_hostname = self.files.get("etc-hostname", "").strip()
+        self.enabled = self.files.get("enabled", "").strip()
+
+    @property
+    def entries(self) -> List[Dict[str, Any]]:
+        """The journal's entries that the script wrote."""
+        return [e for e in self.journal if e.get("SYSLOG_IDENTIFIER") == "azure-provisioning"]
+
+    @property
+    def lines(self) -> List[str]:
+        """The script's own lines, each with its priority in front: "<6>Response: 200 OK"."""
+        return ["<{PRIORITY}>{MESSAGE}".format(**entry) for entry in self.entries]
+
+    def seconds(self, name: str) -> float:
+        """A monotonic time stamp of the unit, in seconds: "ExecMainStart", "ActiveEnter"."""
+        return int(self.unit[f"{name}TimestampMonotonic"]) / 1e6
+
+    def __str__(self) -> str:
+        return "\n".join([*self.lines, self.files.get("enabled", "no report"), self.console])
+
+
+class Machine:
+    """A copy of an image, with the unit installed by install.sh, and how to boot it."""
+
+    def __init__(self, variant: str = "plain", suite: str = SUITE, install: bool = True) -> None:
+        lower = image(variant, suite)
+        self.directory = RUN / f"{os.getpid()}-{next(_numbers)}"
+        self.root = self.directory / "root"
+        undo_at_exit(self.remove)
+        for name in ("upper", "work", "root", "report"):
+            (self.directory / name).mkdir(parents=True)
+        options = f"lowerdir={lower},upperdir={self.directory}/upper,workdir={self.directory}/work"
+        command("mount", "-t", "overlay", "-o", options, "overlay", self.root)
+        (self.root / "report").mkdir()
+        self.write("etc/hostname", "golden-image\n")
+        self.write("etc/systemd/system/boot-report.service", REPORT_UNIT)
+        self.enable("boot-report.service")
+        command("systemctl", f"--root={self.root}", "--quiet", "set-default", "graphical.target")
+        self.options: List[str] = []
+        self.asset_tag(AZURE_CHASSIS_ASSET_TAG)
+        if install:
+            command(INSTALLER, DESTDIR=self.root)
+
+    def remove(self) -> None:
+        if self.directory.exists():
+            remove_tree(self.directory)
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file of the machine."""
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    def enable(self, unit: str) -> None:
+        """Have it start UNIT when it boots."""
+        command("systemctl", f"--root={self.root}", "--quiet", "enable", unit)
+
+    def asset_tag(self, tag: str) -> None:
+        """Have its firmware say TAG."""
+        if Path(CHASSIS_ASSET_TAG_FILE).exists():
+            file = self.directory / "tag"
+            file.write_text(tag + "\n")
+            self.sys = [f"--bind-ro={file}:{CHASSIS_ASSET_TAG_FILE}"]
+            return
+        self.sys = []
+        if tag != AZURE_CHASSIS_ASSET_TAG:  # this machine has no DMI to put it over
+            file = self.directory / "sys" / "dmi" / "id" / "chassis_asset_tag"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(tag + "\n")
+            self.sys = [f"--bind-ro={self.directory}/sys:/sys/class"]
+
+    @contextlib.contextmanager
+    def start(self, network: Namespace) -> Iterator["Console"]:
+        """Boot it; the machine is killed at the end of the block, as by a power cut."""
+        report = self.directory / "report"
+        shutil.rmtree(str(report))
+        report.mkdir()
+        (report / "script").write_text(REPORT_SCRIPT)
+        # A terminal, since systemd writes "journal+console" to nothing else.
+        terminal, inner = pty.openpty()
+        process = subprocess.Popen(
+            [
+                "systemd-nspawn",
+                "--quiet",
+                "--directory",
+                str(self.root),
+                "--boot",
+                f"--network-namespace-path=/run/netns/{network.name}",
+                "--console=interactive",
+                "--register=no",
+                "--keep-unit",
+                "--capability=CAP_NET_ADMIN,CAP_NET_RAW",
+                f"--bind={report}:/report",
+                *self.sys,
+                *self.options,
+            ],
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            env=dict(os.environ, SYSTEMD_NSPAWN_UNIFIED_HIERARCHY="1"),
+        )
+        os.close(inner)
+        console = Console(process, terminal, report)
+        try:
+            yield console
+        finally:
+            process.kill()
+            process.wait()
+            console.thread.join()
+
+    def boot(self, network: Namespace, timeout: float = 60) -> Boot:
+        """Boot it and wait until it has powered itself off."""
+        with self.start(network) as console:
+            return console.finish(timeout)
+
+
+class Console:
+    """The console of a machine that runs."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", terminal: int, report: Path) -> None:
+        self.process = process
+        self._terminal = terminal
+        self.report = report
+        self.text = ""
+        self._grown = threading.Condition()
+        self.thread = threading.Thread(target=self._read)
+        self.thread.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                output = os.read(self._terminal, 65536)
+            except OSError:  # EIO: nobody holds the other end any more
+                output = b""
+            with self._grown:
+                self.text += output.decode("utf-8", "replace") or "\n(the machine is off)\n"
+                self._grown.notify_all()
+            if not output:
+                os.close(self._terminal)
+                return
+
+    def wait_for(self, text: str, timeout: float = 30) -> None:
+        """Wait until the machine has said TEXT; raises AssertionError if it does not."""
+        with self._grown:
+            off = "(the machine is off)"
+            self._grown.wait_for(lambda: text in self.text or off in self.text, timeout)
+            if text not in self.text:
+                raise AssertionError(f"the console does not say {text!r}:\n{self.text}")
+
+    def finish(self, timeout: float = 60) -> Boot:
+        """Wait until the machine has told how the boot went and has powered itself off."""
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the boot does not end:\n{self.text}") from None
+        if not (self.report / "complete").exists():
+            raise AssertionError(f"the machine ended early:\n{self.text}")
+        return Boot(self.report, self.text)
+
+
+class BootTest(unittest.TestCase):
+    """A test that boots; it has a network, `self.network`, whose Azure is `self.azure`."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        absent = missing()
+        if absent:
+            raise unittest.SkipTest(f"a boot needs {', '.join(absent)}")
+
+    def setUp(self) -> None:
+        self.network = Namespace()
+        self.addCleanup(self.network.remove)
+        self.azure = self.network.azure()
+        self.azure.__enter__()
+        self.addCleanup(self.azure.__exit__)
+
+    def machine(self, variant: str = "plain") -> Machine:
+        machine = Machine(variant)
+        self.addCleanup(machine.remove)
+        return machine
+
+    def resources(self) -> List[str]:
+        """What was asked, in order."""
+        return [request.resource for request in self.azure.requests]
+
+    def ready_time(self) -> float:
+        """When the health report arrived, on the monotonic clock."""
+        return self.azure.asked("health")[-1].time
+
+    def figure(self, text: str) -> None:
+        """Note a figure of this test, where BOOT_FIGURES names a file for them."""
+        path = os.environ.get("BOOT_FIGURES")
+        if path:
+            with open(path, "a") as file:
+                print(f"{SUITE} {self.id().split('.', 2)[-1]}: {text}", file=file)
