@@ -42,7 +42,6 @@ CHASSIS_ASSET_TAG_FILE = "/sys/class/dmi/id/chassis_asset_tag"
 
 HOSTNAME_FILE = "/etc/hostname"  # hostname(5)
 ROUTE_FILE = "/proc/self/net/route"  # proc_net(5)
-NETWORKD_LEASES = "/run/systemd/netif/leases"  # systemd-networkd's, one file an interface's index
 
 READY_LIMIT = 20 * 60  # seconds: Azure fails the VM's creation about then
 HOSTNAME_LIMIT = 5 * 60  # seconds
@@ -51,6 +50,13 @@ MAX_ANSWER = 1024 * 1024  # bytes, headers included; a goal state has some 3,000
 MAX_REASONS = 10  # lines that one wait logs, however often the reason changes
 COMMAND_TIMEOUT = 30  # seconds: hostnamectl, systemctl
 PUBLISH_TIMEOUT = 15  # seconds: networkctl, or both calls of nmcli
+
+# For each DHCP client: what tells whether an interface is its own (not "(externally)" another's),
+# how that is said, and what publishes a name. Neither renew, forcerenew nor reapply does.
+DHCP_CLIENTS = (
+    ("networkctl --no-legend list", r"\sconfigured\Z", "networkctl reconfigure"),
+    ("nmcli -g GENERAL.STATE device show", r"\A100 \(connected\)\Z", "nmcli device connect"),
+)
 
 # hostname(7), at most 64 characters on Linux: sethostname(2). No underscore, as in systemd's own
 # rule: hostnamectl would drop it without a word.
@@ -326,21 +332,27 @@ def set_hostname(name: str) -> bool:
 def publish_hostname() -> None:
     """Have the DHCP client ask again, with the new name: Azure's DNS learns it from that alone.
 
-    `networkctl reconfigure` and `nmcli device connect` do; renew, forcerenew and reapply do not.
-    The address may be away for a moment. Never fails: a DHCP client sends the name at any boot.
+    The address may be away for a moment. Never fails: any client sends the name at the next boot.
     https://github.com/Azure/azure-init/issues/68
     """
     deadline = time.monotonic() + PUBLISH_TIMEOUT
+
+    def ask(command: str) -> str:
+        timeout = max(deadline - time.monotonic(), 0)
+        return run(*command.split(), interface, timeout=timeout)
+
     try:
         interface = default_interface()
-        command = ["networkctl", "reconfigure", interface]
-        if not os.path.exists(f"{NETWORKD_LEASES}/{socket.if_nametoindex(interface)}"):
-            state = run("nmcli", "-g", "GENERAL.STATE", "device", "show", interface, timeout=5)
-            if state != "100 (connected)":  # "(externally)" is another client's
-                raise ProvisioningError(f"{interface} has no DHCP client that is known here")
-            command = ["nmcli", "device", "connect", interface]
-        run(*command, timeout=deadline - time.monotonic())
-        log(INFO, f"Hostname published by {' '.join(command)}")
+        for whose, own, publish in DHCP_CLIENTS:
+            try:
+                if not re.search(own, ask(whose)):
+                    continue
+            except ProvisioningError:  # not installed, or not running
+                continue
+            ask(publish)
+            log(INFO, f"Hostname published by {publish} {interface}")
+            return
+        raise ProvisioningError(f"{interface} has no DHCP client that is known here")
     except (OSError, ProvisioningError) as error:
         log(NOTICE, f"The hostname will be published at the next boot: {clean(str(error), 200)}")
 

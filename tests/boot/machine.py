@@ -50,6 +50,11 @@ WantedBy=graphical.target
 """
 REPORT_SCRIPT = f"""\
 cd /report
+# A client that was asked to publish the name may be without its address for a moment.
+for try in $(seq 100); do
+    ip -4 -brief address show | grep -q -e host0 -e 168.63.129.16 && break
+    sleep 0.02
+done
 uname -n >hostname
 cat /etc/hostname >etc-hostname
 ip -4 -brief address show >addresses

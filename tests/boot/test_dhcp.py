@@ -159,5 +159,5 @@ class DhcpTest(BootTest):
         self.network.ip("route", "add", "default", "via", "10.0.0.1")
         boot = self.machine().boot(self.network)
         self.assertEqual((boot.hostname, boot.enabled), ("web-prod-01", "disabled"), boot)
-        notice = "<5>The hostname will be published at the next boot: nmcli: No such file"
+        notice = "<5>The hostname will be published at the next boot: host0 has no DHCP"
         self.assertTrue(any(line.startswith(notice) for line in boot.lines), boot)
