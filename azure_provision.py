@@ -8,12 +8,16 @@ fails is tried again until its limit, and each event is one line on standard out
 The steps stand below in the order in which they run; main() at the end lists them.
 """
 
-import collections
+import sys
+
+# http.client does without ssl where there is none, and the platform speaks plain HTTP: importing
+# it would take a sixth of the time to Ready.
+sys.modules["ssl"] = None  # type: ignore[assignment]
+
 import http.client
 import os
 import re
 import socket
-import sys
 import time
 from xml.etree import ElementTree
 
@@ -61,11 +65,9 @@ DHCP_CLIENTS = (
 # hostname(7), at most 64 characters on Linux: sethostname(2). No underscore, as in systemd's own
 # rule: hostnamectl would drop it without a word.
 LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
-HOSTNAME = re.compile(rf"(?=.{{1,64}}\Z){LABEL}(\.{LABEL})*\Z")
+HOSTNAME = rf"(?=.{{1,64}}\Z){LABEL}(\.{LABEL})*\Z"
 
 ERROR, WARNING, NOTICE, INFO = 3, 4, 5, 6  # sd-daemon(3)
-
-GoalState = collections.namedtuple("GoalState", "incarnation container_id instance_id")
 
 
 class ProvisioningError(Exception):
@@ -185,8 +187,8 @@ def other_platform() -> "Optional[str]":
     return None if tag == AZURE_CHASSIS_ASSET_TAG else clean(tag)
 
 
-def fetch_goal_state(wireserver: str) -> GoalState:
-    """Ask the WireServer which container and which instance this VM is.
+def fetch_goal_state(wireserver: str) -> "Tuple[str, str, str]":
+    """Ask the WireServer who this VM is: its incarnation, its ContainerId, its InstanceId.
 
     Raises ProvisioningError where the answer is no goal state. A DOCTYPE is refused unparsed:
     its entities can make a small answer fill the memory.
@@ -203,18 +205,18 @@ def fetch_goal_state(wireserver: str) -> GoalState:
     instance_id = root.findtext("Container/RoleInstanceList/RoleInstance/InstanceId", "").strip()
     if not container_id or not instance_id:
         raise ProvisioningError("The goal state has no ContainerId or no InstanceId")
-    return GoalState(root.findtext("Incarnation", "").strip() or "1", container_id, instance_id)
+    return root.findtext("Incarnation", "").strip() or "1", container_id, instance_id
 
 
-def health_report(goal_state: GoalState) -> str:
-    """The XML that tells the WireServer that the VM of GOAL_STATE is ready."""
+def health_report(incarnation: str, container_id: str, instance_id: str) -> str:
+    """The XML that tells the WireServer that the VM of this goal state is ready."""
     health = ElementTree.Element("Health")
-    ElementTree.SubElement(health, "GoalStateIncarnation").text = goal_state.incarnation
+    ElementTree.SubElement(health, "GoalStateIncarnation").text = incarnation
     container = ElementTree.SubElement(health, "Container")
-    ElementTree.SubElement(container, "ContainerId").text = goal_state.container_id
+    ElementTree.SubElement(container, "ContainerId").text = container_id
     roles = ElementTree.SubElement(container, "RoleInstanceList")
     role = ElementTree.SubElement(roles, "Role")
-    ElementTree.SubElement(role, "InstanceId").text = goal_state.instance_id
+    ElementTree.SubElement(role, "InstanceId").text = instance_id
     ElementTree.SubElement(ElementTree.SubElement(role, "Health"), "State").text = "Ready"
     return ElementTree.tostring(health, encoding="unicode")
 
@@ -226,20 +228,20 @@ def report_ready(wireserver: str, dry_run: bool) -> None:
     Raises ProvisioningError after READY_LIMIT seconds.
     """
 
-    def attempt() -> "Tuple[GoalState, str, str]":
-        goal_state = fetch_goal_state(wireserver)
-        report = health_report(goal_state)
-        if dry_run:
-            return goal_state, report, "none, as nothing is posted in a dry run"
-        headers = dict(WIRESERVER_HEADERS, **{"Content-Type": "text/xml;charset=utf-8"})
-        success = range(200, 300)
-        response = exchange(wireserver, "POST /machine?comp=health", headers, success, report)[1]
-        return goal_state, report, response
+    def attempt() -> "Tuple[str, str, str, str]":
+        incarnation, container_id, instance_id = fetch_goal_state(wireserver)
+        report = health_report(incarnation, container_id, instance_id)
+        response = "none, as nothing is posted in a dry run"
+        if not dry_run:
+            headers = dict(WIRESERVER_HEADERS, **{"Content-Type": "text/xml;charset=utf-8"})
+            request, success = "POST /machine?comp=health", range(200, 300)
+            response = exchange(wireserver, request, headers, success, report)[1]
+        return container_id, instance_id, report, response
 
     log(INFO, f"Retrieving the goal state from the WireServer, {wireserver}")
-    goal_state, report, response = keep_trying(attempt, READY_LIMIT)
-    log(INFO, f"ContainerId: {clean(goal_state.container_id)}")
-    log(INFO, f"InstanceId: {clean(goal_state.instance_id)}")
+    container_id, instance_id, report, response = keep_trying(attempt, READY_LIMIT)
+    log(INFO, f"ContainerId: {clean(container_id)}")
+    log(INFO, f"InstanceId: {clean(instance_id)}")
     log(INFO, f"Health report: {clean(report, 1000)}")
     log(INFO, f"Response: {response}")
 
@@ -265,7 +267,7 @@ def fetch_hostname(imds: str) -> str:
 
     log(INFO, f"Retrieving the hostname from IMDS, {imds}")
     name, source = keep_trying(attempt, HOSTNAME_LIMIT)
-    if not HOSTNAME.match(name):
+    if not re.match(HOSTNAME, name):
         raise ProvisioningError(f"The {source} in IMDS is no valid hostname: {clean(name)}")
     log(INFO, f"Hostname: {name} ({source})")
     return name
@@ -381,13 +383,15 @@ def disable_unit() -> None:
         log(WARNING, f"{error}; {UNIT} will run again at the next boot")
 
 
-def parse_command_line(arguments: "List[str]") -> "Any":
-    """The options in ARGUMENTS; argparse exits with status 2 where they are wrong."""
+def parse_command_line(arguments: "List[str]") -> "Tuple[Optional[str], Optional[str], bool]":
+    """The --wireserver, --imds and --dry-run of ARGUMENTS; exits with status 2 if one is wrong."""
+    if not arguments:  # a first boot, which is spared the import
+        return None, None, False
     import argparse
 
     def endpoint(text: str) -> str:
         host, _, port = text.partition(":")
-        valid = HOSTNAME.match(host) and (text == host or re.match(r"[0-9]{1,5}\Z", port))
+        valid = re.match(HOSTNAME, host) and (text == host or re.match(r"[0-9]{1,5}\Z", port))
         if not valid or not 0 < int(port or 80) < 65536:
             raise argparse.ArgumentTypeError(f"not HOST[:PORT]: {clean(text)}")
         return text
@@ -403,21 +407,22 @@ def parse_command_line(arguments: "List[str]") -> "Any":
     option("--imds", metavar="HOST[:PORT]", type=endpoint, help=f"instead of {IMDS}")
     option("--dry-run", action="store_true", help="show what would be sent and set; do neither")
     option("--version", action="version", version=f"%(prog)s {__version__}")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    return options.wireserver, options.imds, options.dry_run
 
 
 def main(arguments: "List[str]") -> int:
     """Run the steps; return the exit status."""
     started = time.monotonic()
-    options = parse_command_line(arguments)
-    tag = None if options.wireserver or options.imds else other_platform()
+    wireserver, imds, dry_run = parse_command_line(arguments)
+    tag = None if wireserver or imds else other_platform()
     if tag is not None:
         log(NOTICE, f'Not on Azure (the chassis asset tag is "{tag}"): nothing to do')
         return 0
     try:
-        report_ready(options.wireserver or WIRESERVER, options.dry_run)
-        hostname = fetch_hostname(options.imds or IMDS)
-        if options.dry_run:
+        report_ready(wireserver or WIRESERVER, dry_run)
+        hostname = fetch_hostname(imds or IMDS)
+        if dry_run:
             log(INFO, "Dry run: nothing was posted, nothing was changed")
             return 0
         if set_hostname(hostname):

@@ -307,7 +307,7 @@ class UnitTest(unittest.TestCase):
         command = [line for line in lines if line.startswith("Exec")]
         self.assertEqual(len(command), 1)
         self.assertRegex(
-            command[0], r"^ExecStart=/usr/bin/python3 -I\S* /usr/local/sbin/azure_provision.py$"
+            command[0], r"^ExecStart=/usr/bin/python3 -I -S /usr/local/sbin/azure_provision.py$"
         )
 
     def test_unit_has_none_of_the_settings_that_break_an_old_systemd(self) -> None:

@@ -203,8 +203,8 @@ class FaultTest(ScriptTest):
     def test_declared_encoding_is_not_believed(self) -> None:
         goal_state = self.azure.goal_state().replace('encoding="utf-8"', 'encoding="utf-16"')
         self.azure.script("goalstate", [Text(goal_state)])
-        found = azure_provision.fetch_goal_state(self.azure.wireserver)
-        self.assertEqual(found.container_id, self.azure.container_id)
+        container_id = azure_provision.fetch_goal_state(self.azure.wireserver)[1]
+        self.assertEqual(container_id, self.azure.container_id)
 
     def test_answer_of_just_1_mib_is_read(self) -> None:
         padding = b"X-Padding: " + b"x" * 53 + b"\r\n"

@@ -1,33 +1,25 @@
-"""A virtual machine to boot: an image, a copy of it, a network with an Azure of its own."""
+"""A machine to boot: an image, a copy of it, and what its boot has to tell."""
 
-import atexit
 import contextlib
-import ctypes
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import pty
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import unittest
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
+from typing import Any, Dict, Iterator, List
 
-from azure_provision import AZURE_CHASSIS_ASSET_TAG, CHASSIS_ASSET_TAG_FILE, IMDS, UNIT, WIRESERVER
-from tests.fake_azure import Address, FakeAzure, listen
+from azure_provision import AZURE_CHASSIS_ASSET_TAG, CHASSIS_ASSET_TAG_FILE, UNIT
+from tests.boot.host import CACHE, RUN, command, missing, number, remove_tree, undo_at_exit
+from tests.boot.network import HOST_INTERFACE, Namespace
 from tests.harness import INSTALLER
 
-T = TypeVar("T")
-
 SUITE = os.environ.get("BOOT_SUITE", "bookworm")
-CACHE = Path(os.environ.get("BOOT_CACHE", "/var/cache/azure-provision-boot"))
-RUN = Path("/run/azure-provision-boot")  # what one run makes; no other run's names
-PREFIX = "azboot"  # of network namespaces and interfaces; an interface has 15 characters at most
 
 PLAIN = ["systemd", "systemd-sysv", "python3", "iproute2"]
 PACKAGES = {
@@ -35,6 +27,16 @@ PACKAGES = {
     "no-dbus": PLAIN,
     "network-manager": [*PLAIN, "dbus", "libpam-systemd", "network-manager"],
 }
+
+# systemd-networkd's configuration of a machine whose network is a cable.
+NETWORKD = f"""\
+[Match]
+Name={HOST_INTERFACE}
+
+[Network]
+DHCP=ipv4
+LinkLocalAddressing=no
+"""
 
 # Ordered after everything else: tells how the boot went, and ends it at once.
 REPORT_UNIT = f"""\
@@ -52,7 +54,7 @@ REPORT_SCRIPT = f"""\
 cd /report
 # A client that was asked to publish the name may be without its address for a moment.
 for try in $(seq 100); do
-    ip -4 -brief address show | grep -q -e host0 -e 168.63.129.16 && break
+    ip -4 -brief address show | grep -q -e {HOST_INTERFACE} -e 168.63.129.16 && break
     sleep 0.02
 done
 uname -n >hostname
@@ -67,34 +69,6 @@ journalctl -b -o json --all >journal
 touch complete
 systemctl --force --force poweroff
 """
-
-
-def missing() -> List[str]:
-    """What the boot tests need and this machine does not have."""
-    tools = {"systemd-nspawn": "systemd-container", "mmdebstrap": "mmdebstrap"}
-    tools.update({"ip": "iproute2", "dnsmasq": "dnsmasq-base"})
-    absent = [f"{tool} ({tools[tool]})" for tool in tools if which(tool) is None]
-    return absent if os.geteuid() == 0 else ["root", *absent]
-
-
-def which(tool: str) -> Optional[str]:
-    return shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-
-
-def command(*words: Any, **environment: Any) -> str:
-    """The output of a command that succeeds; raises CalledProcessError with its errors."""
-    path = {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin", "LC_ALL": "C.UTF-8"}
-    process = subprocess.run(
-        [str(word) for word in words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
-        env=dict(os.environ, **path, **{name: str(v) for name, v in environment.items()}),
-    )
-    if process.returncode:
-        raise RuntimeError(f"{words}: status {process.returncode}: {process.stderr[-2000:]}")
-    return process.stdout
 
 
 # Images, built once.
@@ -142,103 +116,6 @@ def mirror() -> str:
     return "http://deb.debian.org/debian"
 
 
-# Everything that a run makes, removed at its end, or by the next run if this one is killed.
-
-_numbers = itertools.count(1)
-_undo: List[Callable[[], Any]] = []
-
-
-def undo_at_exit(action: Callable[[], Any]) -> None:
-    """Have ACTION done at the end of this process, if nothing does it before."""
-    if not _undo:
-        atexit.register(clean_up)
-        for name in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(name, lambda number, frame: sys.exit(128 + number))
-        sweep()
-    _undo.append(action)
-
-
-def clean_up() -> None:
-    """Undo all that is still there, the newest first."""
-    while _undo:
-        _undo.pop()()
-
-
-def sweep() -> None:
-    """Remove what runs left behind that were killed."""
-    for entry in command("ip", "netns", "list").split():
-        if entry.startswith(PREFIX) and not Path("/proc", entry.split("-")[1]).exists():
-            command("ip", "netns", "delete", entry)
-    for directory in RUN.glob("*-*"):
-        if not Path("/proc", directory.name.split("-")[0]).exists():
-            remove_tree(directory)
-
-
-def remove_tree(directory: Path) -> None:
-    """Remove the copy of an image."""
-    subprocess.call(
-        ["umount", "--lazy", str(directory / "root")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    shutil.rmtree(str(directory), ignore_errors=True)
-
-
-# The network.
-
-
-class Namespace:
-    """A network namespace of its own; nothing leaves it."""
-
-    def __init__(self) -> None:
-        self.name = f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
-        undo_at_exit(self.remove)
-        command("ip", "netns", "add", self.name)
-        self.ip("link", "set", "lo", "up")
-
-    def remove(self) -> None:
-        if Path("/run/netns", self.name).exists():
-            command("ip", "netns", "delete", self.name)
-
-    def ip(self, *words: str) -> str:
-        return command("ip", "-n", self.name, *words)
-
-    def add_platform(self) -> None:
-        """Give it the addresses of the WireServer and of IMDS."""
-        for address in (WIRESERVER, IMDS):
-            self.ip("address", "add", f"{address}/32", "dev", "lo")
-
-    def inside(self, action: Callable[[], T]) -> T:
-        """Do ACTION in this namespace, in a thread of its own; a socket made there stays in it."""
-        results: List[T] = []
-        failures: List[BaseException] = []
-
-        def enter() -> None:
-            try:
-                with open(f"/run/netns/{self.name}") as file:
-                    libc = ctypes.CDLL(None, use_errno=True)
-                    if libc.setns(file.fileno(), 0x40000000):  # CLONE_NEWNET: setns(2)
-                        raise OSError(ctypes.get_errno(), "setns")
-                results.append(action())
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=enter)
-        thread.start()
-        thread.join()
-        if failures:
-            raise failures[0]
-        return results[0]
-
-    def azure(
-        self, wireserver: Address = (WIRESERVER, 80), imds: Address = (IMDS, 80)
-    ) -> FakeAzure:
-        """Listen at the platform's addresses here, which may come later."""
-        return FakeAzure(
-            wireserver, imds, listen=lambda address: self.inside(lambda: listen(address))
-        )
-
-
 # The machine.
 
 
@@ -283,15 +160,18 @@ class Boot:
 class Machine:
     """A copy of an image, with the unit installed by install.sh, and how to boot it."""
 
-    def __init__(self, variant: str = "plain", suite: str = SUITE, install: bool = True) -> None:
-        lower = image(variant, suite)
-        self.directory = RUN / f"{os.getpid()}-{next(_numbers)}"
+    def __init__(self, variant: str = "plain", install: bool = True) -> None:
+        original = image(variant)
+        self.directory = RUN / f"{os.getpid()}-{number()}"
         self.root = self.directory / "root"
         undo_at_exit(self.remove)
         for name in ("upper", "work", "root", "report"):
             (self.directory / name).mkdir(parents=True)
-        options = f"lowerdir={lower},upperdir={self.directory}/upper,workdir={self.directory}/work"
-        command("mount", "-t", "overlay", "-o", options, "overlay", self.root)
+        # Short names, since systemd reads the kernel's list of mounts more than a hundred times for
+        # a sandbox; each line of it names these.
+        (self.directory / "image").symlink_to(original)
+        layers = "lowerdir=image,upperdir=upper,workdir=work"
+        command("mount", "-t", "overlay", "-o", layers, "overlay", "root", cwd=self.directory)
         (self.root / "report").mkdir()
         self.write("etc/hostname", "golden-image\n")
         self.write("etc/systemd/system/boot-report.service", REPORT_UNIT)
@@ -315,6 +195,11 @@ class Machine:
     def enable(self, unit: str) -> None:
         """Have it start UNIT when it boots."""
         command("systemctl", f"--root={self.root}", "--quiet", "enable", unit)
+
+    def use_networkd(self) -> None:
+        """Have systemd-networkd ask for an address at the cable."""
+        self.write("etc/systemd/network/10-cable.network", NETWORKD)
+        self.enable("systemd-networkd.service")
 
     def asset_tag(self, tag: str) -> None:
         """Have its firmware say TAG."""

@@ -1,21 +1,8 @@
 """What a real DHCP server learns of the name: Azure's DNS learns just that."""
 
-import re
-import subprocess
-import threading
-import time
-from typing import List, NamedTuple
+from tests.boot.machine import Boot, BootTest, Machine
+from tests.boot.network import DhcpServer, Namespace, connect
 
-from tests.boot.machine import PREFIX, Boot, BootTest, Machine, Namespace, which
-
-NETWORKD = """\
-[Match]
-Name=host0
-
-[Network]
-DHCP=ipv4
-LinkLocalAddressing=no
-"""
 NETWORK_MANAGER = """\
 [connection]
 id=host0
@@ -30,53 +17,6 @@ method=disabled
 """
 
 
-class Acknowledgement(NamedTuple):
-    """A DHCPACK in dnsmasq's log: `dnsmasq-dhcp: DHCPACK(veth) 10.0.0.57 02:..:01 web-prod-01`."""
-
-    time: float
-    address: str
-    name: str
-
-
-class DhcpServer:
-    """dnsmasq in the namespace of a router, at the other end of the machine's cable."""
-
-    def __init__(self, router: Namespace, interface: str, *options: str) -> None:
-        self.lines: List[str] = []
-        self.acknowledgements: List[Acknowledgement] = []
-        self.process = subprocess.Popen(
-            [
-                *("ip", "netns", "exec", router.name, which("dnsmasq") or "dnsmasq"),
-                *("--keep-in-foreground", "--conf-file=/dev/null", "--log-facility=-"),
-                *("--log-dhcp", "--port=0", "--bind-interfaces", f"--interface={interface}"),
-                *("--dhcp-range=10.0.0.50,10.0.0.99,infinite", "--dhcp-authoritative"),
-                *("--dhcp-leasefile=/dev/null", "--leasefile-ro", "--user=root"),
-                *options,
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            universal_newlines=True,
-        )
-        self.thread = threading.Thread(target=self._read)
-        self.thread.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as log:
-            for line in log:
-                self.lines.append(line.rstrip())
-                found = re.search(r"DHCPACK\(\S+\) (\S+) \S+ ?(\S*)", line)
-                if found:
-                    now = time.monotonic()
-                    self.acknowledgements.append(Acknowledgement(now, *found.groups()))
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-        self.thread.join()
-
-
 class DhcpTest(BootTest):
     """The machine's only way to Azure is a cable to a router, and an address of its DHCP."""
 
@@ -86,12 +26,7 @@ class DhcpTest(BootTest):
         self.router.add_platform()
         self.network = Namespace()
         self.addCleanup(self.network.remove)
-        cable = f"{PREFIX}{self.router.name.split('-')[-1]}"
-        self.router.ip("link", "add", cable, "type", "veth", "peer", "name", "host0")
-        self.router.ip("link", "set", "host0", "netns", self.network.name)
-        self.router.ip("address", "add", "10.0.0.1/24", "dev", cable)
-        self.router.ip("link", "set", cable, "up")
-        self.cable = cable
+        self.cable = connect(self.router, self.network)
 
     def serve(self, *options: str) -> DhcpServer:
         server = DhcpServer(self.router, self.cable, *options)
@@ -100,8 +35,7 @@ class DhcpTest(BootTest):
 
     def networkd(self) -> Machine:
         machine = self.machine()
-        machine.write("etc/systemd/network/10-host0.network", NETWORKD)
-        machine.enable("systemd-networkd.service")
+        machine.use_networkd()
         return machine
 
     def network_manager(self) -> Machine:
