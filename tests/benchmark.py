@@ -128,7 +128,8 @@ class Bench:
         machine.write("usr/local/memory.py", MEMORY)
         machine.write(
             f"etc/systemd/system/{UNIT}.d/memory.conf",
-            f"[Service]\nExecStart=\nExecStart=/usr/bin/python3 -IS /usr/local/memory.py {command}\n",
+            "[Service]\nExecStart=\n"
+            f"ExecStart=/usr/bin/python3 -IS /usr/local/memory.py {command}\n",
         )
         boot = machine.boot(self.network)
         machine.remove()
