@@ -111,7 +111,7 @@ def keep_trying(attempt: "Callable[[], T]", limit: float) -> "T":
             if str(error) != reason and logged < MAX_REASONS:
                 logged += 1
                 more = "" if logged < MAX_REASONS else "; further reasons are not logged"
-                log(WARNING, f"{error}; trying again for {limit - spent:.0f} s{more}")
+                log(WARNING, f"{error}; trying again for up to {limit - spent:.0f} s{more}")
             reason = str(error)
             time.sleep(min(max(spent / 4, 0.05), 1))
         else:
@@ -281,22 +281,21 @@ def run(*command: str, timeout: float) -> str:
     import subprocess  # here, since Ready need not wait for it
 
     try:
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=dict(os.environ, LC_ALL="C"),
             start_new_session=True,
-        )
+        ) as process:
+            try:
+                output = process.communicate(timeout=timeout)[0].decode("latin-1").strip()
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)  # its children, too
+                raise ProvisioningError(f"{command[0]}: not done in {timeout:.0f} s") from None
     except OSError as error:
         raise ProvisioningError(f"{command[0]}: {error.strerror}") from None
-    try:
-        output = process.communicate(timeout=timeout)[0].decode("latin-1").strip()
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # its children, too: they would keep the pipe open
-        process.communicate()
-        raise ProvisioningError(f"{command[0]}: not done in {timeout:.0f} s") from None
     if process.returncode != 0:
         reason = clean(output, 200) or f"status {process.returncode}"
         raise ProvisioningError(f"{command[0]}: {reason}")

@@ -313,7 +313,7 @@ class RecoveryTest(ScriptTest):
         )
         assert process.stdout is not None
         lines = [process.stdout.readline(), process.stdout.readline()]
-        self.assertIn("Connection refused; trying again for 1200 s", lines[1])
+        self.assertIn("Connection refused; trying again for up to 1200 s", lines[1])
         reserved.close()
         with FakeAzure(wireserver=address) as late:
             rest, errors = process.communicate(timeout=30)

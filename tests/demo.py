@@ -1,0 +1,62 @@
+"""Watch a first boot against a fake Azure, on any machine, as any user: `python3 -m tests.demo`.
+
+The real script runs twice, in a dry run and then for real, with stand-ins for the system's tools.
+It changes nothing on this machine.
+"""
+
+import sys
+import threading
+from typing import List
+
+from tests.fake_azure import FakeAzure, Request, Status
+from tests.harness import SCRIPT, Machine, popen
+
+lock = threading.Lock()
+
+
+def show(who: str, line: str) -> None:
+    with lock:
+        print(f"  {who:<8} | {line}", flush=True)
+
+
+def show_request(request: Request) -> None:
+    outcome = "no answer" if request.status is None else str(request.status)
+    show("Azure", f"{request.method} {request.path} -> {outcome}")
+
+
+def run(title: str, azure: FakeAzure, machine: Machine, *options: str) -> int:
+    """Run the script and show what it says beside what Azure hears; return its exit status."""
+    print(f"\n{title}\n", flush=True)
+    command = [sys.executable, "-I", "-S", str(SCRIPT), "--wireserver", azure.wireserver]
+    process = popen([*command, "--imds", azure.imds, *options], machine)
+    assert process.stdout is not None
+    for line in process.stdout:
+        show("script", line.rstrip("\n"))
+    errors = process.communicate()[1]
+    sys.stderr.write(errors)
+    return process.returncode
+
+
+def main() -> int:
+    machine = Machine(hostnamectl="", systemctl="")
+    statuses: List[int] = []
+    try:
+        with FakeAzure() as azure:
+            azure.on_request = show_request
+            azure.vm_name, azure.computer_name = "myset_0", "myset000000"
+            statuses.append(run("A dry run: nothing is posted.", azure, machine, "--dry-run"))
+            azure.script("goalstate", [Status(503), Status(503)])
+            title = "A first boot, of a VM in a scale set, while the WireServer is not quite there."
+            statuses.append(run(title, azure, machine))
+            ready = azure.ready.is_set()
+        print("\nWhat the script called, stand-ins all of them:\n")
+        for call in machine.calls:
+            print(f"  {call}")
+        print(f"\nReady has {'arrived' if ready else 'NOT arrived'}; exit statuses: {statuses}.")
+    finally:
+        machine.remove()
+    return 0 if ready and statuses == [0, 0] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
