@@ -94,7 +94,7 @@ def image(variant: str, suite: str = SUITE) -> Path:
                 '--aptopt=Acquire::Check-Valid-Until "false"',
                 suite,
                 unfinished,
-                *([mirror()] if suite != host_suite() else []),
+                *(mirror() if suite != host_suite() else []),
             )
             unfinished.rename(directory)
     return directory
@@ -108,12 +108,12 @@ def host_suite() -> str:
     return ""
 
 
-def mirror() -> str:
-    """The first Debian mirror of this machine's apt."""
+def mirror() -> List[str]:
+    """The first Debian mirror of this machine's apt, if it has one."""
     for line in command("apt-get", "indextargets", "--format", "$(REPO_URI)").splitlines():
         if "debian" in line and "security" not in line:
-            return line
-    return "http://deb.debian.org/debian"
+            return [line]
+    return []
 
 
 # The machine.
