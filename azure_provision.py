@@ -129,6 +129,7 @@ class BoundedSocket(socket.socket):
 
     def __init__(self) -> None:
         super().__init__(socket.AF_INET, socket.SOCK_STREAM)
+        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as http.client's own have it
         self.settimeout(ANSWER_TIMEOUT)
         self.deadline = time.monotonic() + ANSWER_TIMEOUT
         self.budget = MAX_ANSWER

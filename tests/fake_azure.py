@@ -207,6 +207,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Answers one connection, at either address."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server_version = "Microsoft-IIS/10.0"
     sys_version = ""
     azure: "FakeAzure"
