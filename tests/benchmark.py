@@ -186,7 +186,7 @@ def main() -> int:
         prog="python3 -m tests.benchmark", description=str(__doc__).split("\n")[0]
     )
     parser.add_argument("baseline", metavar="BASELINE_DIR", type=Path)
-    parser.add_argument("--pairs", type=int, default=9, help="boots of each (9, at least 7)")
+    parser.add_argument("--pairs", type=int, default=21, help="boots of each (21, at least 7)")
     parser.add_argument("--no-sandbox", action="store_true", help="our unit without its sandbox")
     options = parser.parse_args()
     if options.pairs < 7:

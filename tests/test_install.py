@@ -343,6 +343,19 @@ class UnitTest(unittest.TestCase):
                 self.assertEqual(ours, [])
                 self.assertEqual(process.returncode, 0, process.stdout)
 
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
+    def test_exposure_is_2_1_at_most(self) -> None:
+        process = subprocess.run(
+            ["systemd-analyze", "security", "--offline=yes", "--threshold=21", str(UNIT_FILE)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
+        )
+        if "unrecognized option" in process.stdout:
+            self.skipTest("systemd-analyze cannot judge a file before systemd 250")
+        self.assertEqual(process.returncode, 0, process.stdout[-200:])
+
     def installed(self, directory: str, **settings: str) -> str:
         """Install the unit below DIRECTORY as if that were its place in the image."""
         tree = Path(directory, "tree")
