@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -117,6 +118,16 @@ def mirror() -> List[str]:
 
 
 # The machine.
+
+
+def children(process: int) -> List[int]:
+    """The child processes of a process: proc_pid_task(5)."""
+    try:
+        return [
+            int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        ]
+    except OSError:  # it has ended
+        return []
 
 
 class Boot:
@@ -250,6 +261,9 @@ class Machine:
         try:
             yield console
         finally:
+            # Its PID 1, with which all its processes die; they would survive systemd-nspawn.
+            for child in children(process.pid):
+                os.kill(child, signal.SIGKILL)
             process.kill()
             process.wait()
             console.thread.join()

@@ -174,12 +174,14 @@ class ProvisionedTest(BootTest):
         machine = self.machine()
         with machine.start(self.network):
             self.azure.wait_for("computerName")
+        asked = len(self.azure.requests)
         self.assertTrue(self.azure.ready.is_set())
         self.assertEqual((machine.root / "etc/hostname").read_text(), "golden-image\n")
 
         self.azure.ready.clear()
         boot = machine.boot(self.network)
         self.assert_provisioned(boot)
+        self.assertEqual(self.resources()[asked:], ["goalstate", "health", "computerName"])
         self.assertEqual((boot.etc_hostname, boot.enabled), ("web-prod-01", "disabled"), boot)
         self.note(boot)
 
