@@ -243,6 +243,13 @@ class InstallTest(unittest.TestCase):
         self.assertEqual(len(errors.splitlines()), 1)
         self.assertIn(LINK, self.files())
 
+    def test_refuses_an_interpreter_whose_link_leads_nowhere(self) -> None:
+        python = self.tree / "usr/bin/python3"
+        python.unlink()
+        python.symlink_to("/no/such/python")
+        self.tool("chroot", "echo \"chroot: failed to run '$2': No such file\" >&2; exit 127")
+        self.refused("cannot run the script: chroot: failed to run '/usr/bin/python3'")
+
     def test_refuses_paths_that_a_unit_cannot_take(self) -> None:
         for name in ("PREFIX", "UNITDIR", "PYTHON"):
             self.refused(f"{name} is no absolute path: usr", **{name: "usr"})
