@@ -42,7 +42,7 @@ FAULTS: Dict[str, Tuple[Callable[[], Answer], str]] = {
     "header line without end": (lambda: Flood(OK + b"X: "), "got more than 65536 bytes"),
     "interim answers without end": (
         lambda: Flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
-        "more than 1048576 bytes|no answer in",
+        "more than 1048576 bytes|no answer in|more than 100 interim responses",
     ),
     "chunk of -1 bytes": (
         lambda: Flood(OK + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n"),
