@@ -376,7 +376,7 @@ def default_interface() -> str:
 def disable_unit() -> None:
     """Have systemd run this no more. Never fails: the VM is provisioned all the same."""
     try:
-        # without --no-reload systemd reads every unit again, for longer than all the rest takes
+        # without --no-reload systemd reads every unit again, and this one waits for it
         run("systemctl", "disable", "--no-reload", UNIT, timeout=COMMAND_TIMEOUT)
         log(INFO, f"{UNIT} disabled")
     except ProvisioningError as error:

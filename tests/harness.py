@@ -1,7 +1,6 @@
 """What the tests share: the script as a process, with stand-ins for the tools that it calls."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ import tempfile
 import time
 import unittest
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from tests.fake_azure import FakeAzure
 
@@ -162,15 +161,3 @@ def popen(
         universal_newlines=True,
         env=dict({"PATH": str(machine.bin)}, **(environment or {})),
     )
-
-
-def output_of(*command: Union[str, Path], **environment: str) -> str:
-    """The output of a command that succeeds."""
-    return subprocess.run(
-        [str(word) for word in command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        universal_newlines=True,
-        check=True,
-        env=dict(os.environ, **environment),
-    ).stdout
