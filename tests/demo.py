@@ -8,7 +8,7 @@ import sys
 import threading
 from typing import List
 
-from tests.fake_azure import FakeAzure, Request, Status
+from tests.fake_azure import FakeAzure, Status, describe
 from tests.harness import SCRIPT, Machine, popen
 
 lock = threading.Lock()
@@ -17,11 +17,6 @@ lock = threading.Lock()
 def show(who: str, line: str) -> None:
     with lock:
         print(f"  {who:<8} | {line}", flush=True)
-
-
-def show_request(request: Request) -> None:
-    outcome = "no answer" if request.status is None else str(request.status)
-    show("Azure", f"{request.method} {request.path} -> {outcome}")
 
 
 def run(title: str, azure: FakeAzure, machine: Machine, *options: str) -> int:
@@ -42,7 +37,7 @@ def main() -> int:
     statuses: List[int] = []
     try:
         with FakeAzure() as azure:
-            azure.on_request = show_request
+            azure.on_request = lambda request: show("Azure", describe(request))
             azure.vm_name, azure.computer_name = "myset_0", "myset000000"
             statuses.append(run("A dry run: nothing is posted.", azure, machine, "--dry-run"))
             azure.script("goalstate", [Status(503), Status(503)])

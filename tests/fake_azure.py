@@ -17,9 +17,11 @@ import http.server
 import itertools
 import json
 import os
+import re
 import socket
 import socketserver
 import struct
+import sys
 import threading
 import time
 import uuid
@@ -31,6 +33,10 @@ Address = Tuple[str, int]
 Listen = Callable[[Address], socket.socket]
 
 WIRESERVER_VERSION = "2012-11-30"
+
+# The api-versions of IMDS, which are dates; one that it does not know gets a 400.
+# https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service
+IMDS_VERSIONS = ("2017-03-01", "2025-04-07")
 
 GOAL_STATE = """\
 <?xml version="1.0" encoding="utf-8"?>
@@ -74,7 +80,8 @@ class Request(NamedTuple):
     path: str
     headers: Dict[str, str]
     body: bytes
-    status: Optional[int]  # of the answer; None where a fault has none
+    status: Optional[int]  # of the answer; None if it was a fault that has none
+    reason: str  # why the platform refused it; empty if it did not
 
 
 # The answers and faults of a script. Each is called with the handler that has to answer, and
@@ -105,6 +112,14 @@ class Text(Status):
 
     def __init__(self, body: Union[bytes, str]) -> None:
         super().__init__(200, body)
+
+
+class Refused(Status):
+    """Refuse a request, and say why in the body as well as in the record."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(status, reason)
+        self.reason = reason
 
 
 class HealthAccepted(Status):
@@ -221,11 +236,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         resource, answer = self.azure.answer(self, body)
         headers = dict(self.headers)
-        self.azure.record(
-            Request(
-                time.monotonic(), resource, self.command, self.path, headers, body, answer.status
-            )
-        )
+        asked = (time.monotonic(), resource, self.command, self.path, headers, body)
+        self.azure.record(Request(*asked, answer.status, getattr(answer, "reason", "")))
         try:
             answer(self)
         except OSError:  # the client hung up on a fault
@@ -277,10 +289,12 @@ class FakeAzure:
         self.incarnation = "1"
         self.container_id = str(uuid.uuid4())
         self.instance_id = f"{uuid.uuid4()}.MachineRole_IN_0"
+        self.vm_id = str(uuid.uuid4())
         # The part of the instance metadata that names the VM; a value of None is not there.
         self.computer_name: Optional[str] = "web-prod-01"
         self.vm_name: Optional[str] = "web-prod-01-vm"
-        self.oldest_api_only = False  # an IMDS that does not know api-version 2021-02-01
+        self.oldest_version, self.newest_version = IMDS_VERSIONS  # that this IMDS knows
+        self.mac_address = "525400123456"
         self.ready = threading.Event()  # a valid health report has arrived
         self.closing = threading.Event()
         self.requests: List[Request] = []
@@ -323,8 +337,8 @@ class FakeAzure:
     ) -> None:
         """Have the next requests for RESOURCE answered with ANSWERS, one each, then with FOREVER.
 
-        RESOURCE is "goalstate", "health", "computerName" or "name". Without FOREVER the platform's
-        own answer follows.
+        RESOURCE is the last part of what is asked for: "goalstate", "health", "compute". Without
+        FOREVER the platform's own answer follows.
         """
         self._scripts[resource] = list(answers)
         self._forever.pop(resource, None)
@@ -374,17 +388,16 @@ class FakeAzure:
         self, handler: Handler, path: str, query: Dict[str, str], body: bytes
     ) -> Tuple[str, Answer]:
         if query.get("comp") == "versions" and path == "/":
-            return "versions", Text(
-                f"<Versions><Supported><Version>{WIRESERVER_VERSION}</Version></Supported></Versions>"
-            )
+            version = f"<Version>{WIRESERVER_VERSION}</Version>"
+            return "versions", Text(f"<Versions><Supported>{version}</Supported></Versions>")
         resource = query.get("comp", "") if path.rstrip("/") == "/machine" else ""
         method = {"goalstate": "GET", "health": "POST"}.get(resource)
         if method is None:
-            return "unknown", Status(404)
+            return resource or "unknown", Refused(404, "the fake WireServer does not have this")
         if handler.command != method:
-            return resource, Status(405)
+            return resource, Refused(405, f"not a {method}")
         if handler.headers.get("x-ms-version") != WIRESERVER_VERSION:
-            return resource, Status(400, "x-ms-version")
+            return resource, Refused(400, f"no header x-ms-version: {WIRESERVER_VERSION}")
         if resource == "goalstate":
             headers = {"Content-Type": "text/xml; charset=utf-8"}
             return resource, Status(200, self.goal_state(), headers)
@@ -392,42 +405,43 @@ class FakeAzure:
 
     def _health(self, handler: Handler, body: bytes) -> Answer:
         if not handler.headers.get("Content-Type", "").startswith("text/xml"):
-            return Status(415)
+            return Refused(415, "the Content-Type is not text/xml")
         try:
             health = ElementTree.fromstring(body)
-        except ElementTree.ParseError:
-            return Status(400, "not XML")
-        state = "Container/RoleInstanceList/Role/Health/State"
-        if (
-            health.tag != "Health"
-            or health.findtext("Container/ContainerId") != self.container_id
-            or health.findtext("Container/RoleInstanceList/Role/InstanceId") != self.instance_id
-            or health.findtext(state) not in ("Ready", "NotReady")
-        ):
-            return Status(400, "not this VM's health")
+        except ElementTree.ParseError as error:
+            return Refused(400, f"the health report is not valid XML: {error}")
+        role = "Container/RoleInstanceList/Role"
+        state = health.findtext(f"{role}/Health/State")
+        if health.tag != "Health" or state not in ("Ready", "NotReady"):
+            return Refused(400, "not a health report")
+        if health.findtext("Container/ContainerId") != self.container_id:
+            return Refused(400, "not this VM's ContainerId")
+        if health.findtext(f"{role}/InstanceId") != self.instance_id:
+            return Refused(400, "not this VM's InstanceId")
         if health.findtext("GoalStateIncarnation") != self.incarnation:
-            return Status(410)
-        return HealthAccepted() if health.findtext(state) == "Ready" else Status(200)
+            return Refused(410, "not the incarnation of the goal state")
+        return HealthAccepted() if state == "Ready" else Status(200)
 
     def _imds(self, handler: Handler, path: str, query: Dict[str, str]) -> Tuple[str, Answer]:
         resource = path.rstrip("/").rsplit("/", 1)[-1]
         if handler.command != "GET":
-            return resource, Status(405)
+            return resource, Refused(405, "not a GET")
         if handler.headers.get("Metadata", "").lower() != "true":
-            return resource, Status(400, "Required metadata header not specified")
+            return resource, Refused(400, "Required metadata header not specified")
         if "X-Forwarded-For" in handler.headers:
-            return resource, Status(400, "a proxy")
+            return resource, Refused(400, "IMDS is not to be asked through a proxy")
         version = query.get("api-version", "")
-        newest = "2019-06-01" if self.oldest_api_only else "2021-02-01"
-        if not "2017-04-02" <= version <= newest:
-            return resource, Status(400, "Bad request. api-version is invalid")
+        if not self.oldest_version <= version <= self.newest_version:
+            error = "Bad request. api-version is invalid or was not specified in the request."
+            body = {"error": error, "newest-versions": [self.newest_version]}
+            return resource, Refused(400, json.dumps(body))
         value: Any = self.metadata(version)
         for name in path.strip("/").split("/"):
             value = value.get(name) if isinstance(value, dict) else None
         if value is None:
-            return resource, Status(404, "Not found")
+            return resource, Refused(404, "Not found")
         if query.get("format") == "text":
-            if isinstance(value, dict):
+            if isinstance(value, (dict, list)):
                 value = "\n".join(value)
             return resource, Status(200, value, {"Content-Type": "text/plain; charset=utf-8"})
         headers = {"Content-Type": "application/json; charset=utf-8"}
@@ -435,39 +449,77 @@ class FakeAzure:
 
     def metadata(self, version: str) -> Dict[str, Any]:
         """The metadata tree of this VM as api-version VERSION has it."""
-        compute: Dict[str, Any] = {"azEnvironment": "AzurePublicCloud", "location": "westeurope"}
+        compute: Dict[str, Any] = {
+            "azEnvironment": "AzurePublicCloud",
+            "location": "westeurope",
+            "osType": "Linux",
+            "publicKeys": [],
+            "vmId": self.vm_id,
+            "vmSize": "Standard_D2s_v5",
+        }
         if self.vm_name is not None:
             compute["name"] = self.vm_name
         if version >= "2020-07-15" and self.computer_name is not None:
-            compute["osProfile"] = {"computerName": self.computer_name}
-        return {"metadata": {"instance": {"compute": compute}}}
+            compute["osProfile"] = {
+                "adminUsername": "azureuser",
+                "computerName": self.computer_name,
+                "disablePasswordAuthentication": "true",
+            }
+        address = {"privateIpAddress": "10.0.0.4", "publicIpAddress": ""}
+        interface = {
+            "ipv4": {
+                "ipAddress": [address],
+                "subnet": [{"address": "10.0.0.0", "prefix": "24"}],
+            },
+            "ipv6": {"ipAddress": []},
+            "macAddress": self.mac_address,
+        }
+        return {
+            "metadata": {"instance": {"compute": compute, "network": {"interface": [interface]}}}
+        }
 
 
 def describe(request: Request) -> str:
     """One line on REQUEST, for people."""
     outcome = "no answer" if request.status is None else str(request.status)
-    return f"{request.method} {request.path} -> {outcome}"
+    reason = f" ({request.reason})" if request.reason else ""
+    return f"{request.method} {request.path} -> {outcome}{reason}"
 
 
-def main() -> None:
-    """Serve until Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="tests.fake_azure", description=__doc__.split("\n")[0])
-    parser.add_argument("--wireserver", default="127.0.0.1:8080", metavar="HOST:PORT")
-    parser.add_argument("--imds", default="127.0.0.1:8081", metavar="HOST:PORT")
+def address(text: str) -> Address:
+    """The address of HOST:PORT; raises argparse.ArgumentTypeError if it is not one."""
+    host, _, port = text.rpartition(":")
+    if not host or not re.match(r"[0-9]{1,5}\Z", port) or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"not HOST:PORT: {text!r}")
+    return host, int(port)
+
+
+def main() -> int:
+    """Serve until Ctrl-C; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m tests.fake_azure", description=str(__doc__).split("\n")[0]
+    )
+    option = parser.add_argument
+    option("--wireserver", default="127.0.0.1:8080", metavar="HOST:PORT", type=address)
+    option("--imds", default="127.0.0.1:8081", metavar="HOST:PORT", type=address)
     options = parser.parse_args()
-
-    def address(text: str) -> Address:
-        host, _, port = text.partition(":")
-        return host, int(port or 80)
-
-    with FakeAzure(address(options.wireserver), address(options.imds)) as azure:
-        azure.on_request = lambda request: print(describe(request), flush=True)
-        print(f"WireServer {azure.wireserver}, IMDS {azure.imds}; Ctrl-C ends it", flush=True)
+    listening = []
+    for name in ("wireserver", "imds"):
+        host, port = getattr(options, name)
         try:
+            listening.append(listen((host, port)))
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            print(f"cannot listen at {host}:{port} (--{name}): {reason}", file=sys.stderr)
+            return 2
+    with FakeAzure(listen=lambda _: listening.pop(0)) as azure:
+        azure.on_request = lambda request: print(describe(request), flush=True)
+        print(f"WireServer {azure.wireserver}, IMDS {azure.imds}; Ctrl-C stops it", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
             azure.closing.wait()
-        except KeyboardInterrupt:
-            print()
+    print()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
