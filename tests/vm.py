@@ -238,6 +238,9 @@ def run(*command: str) -> str:
 
 # The VM.
 
+CPU = {"kvm": ("-accel", "kvm", "-cpu", "host"), "tcg": ("-accel", "tcg", "-cpu", "max")}
+FLASH = "if=pflash,format=raw,readonly=on,file="
+
 
 class Setup(NamedTuple):
     """How this machine is to run a VM."""
@@ -246,8 +249,7 @@ class Setup(NamedTuple):
     accelerator: str = "tcg"  # or "kvm"
     private: bool = True  # in a network of its own
     memory: int = 1024  # MiB
-    qemu: str = "qemu-system-x86_64"
-    firmware: str = "/usr/share/ovmf/OVMF.fd"  # of generation 2
+    firmware: str = "/usr/share/OVMF/OVMF_CODE_4M.fd"  # of generation 2
 
 
 class VM:
@@ -309,11 +311,11 @@ class VM:
         )
         machine = "pc" if setup.generation == 1 else "q35"
         return [
-            setup.qemu,
+            "qemu-system-x86_64",
             *("-nodefaults", "-no-user-config", "-display", "none", "-device", "VGA"),
-            *("-machine", machine, "-accel", setup.accelerator, "-m", str(setup.memory)),
-            *("-cpu", "host" if setup.accelerator == "kvm" else "max"),
-            *(("-bios", setup.firmware) if setup.generation == 2 else ()),
+            *CPU[setup.accelerator],
+            *("-machine", machine, "-m", str(setup.memory)),
+            *(("-drive", FLASH + setup.firmware) if setup.generation == 2 else ()),
             *("-uuid", self.uuid, "-smbios", f"type=3,asset={AZURE_CHASSIS_ASSET_TAG}"),
             *("-chardev", "stdio,id=monitor,signal=off", "-mon", "monitor,mode=control"),
             *("-chardev", f"file,id=console,path=/dev/fd/{console}", "-serial", "chardev:console"),
@@ -337,14 +339,16 @@ class Boot:
     def __init__(self, vm: VM) -> None:
         self.vm = vm
         self.errors = Path(vm.path("errors"))  # what QEMU complained of
+        self.requests: List[Request] = []  # to Azure
         self.lines: List[str] = []  # of the console, without control characters
+        self.prompt_time = 0.0  # when the console last asked for a login; 0 if it did not
+        self.seconds = 0.0  # that the power was on, once it is off
         self.dhcp: List[DhcpRequest] = []
         self.off = threading.Event()
         self.resets = 0  # how often the guest rebooted itself
         self._rest = ""  # of the console: the beginning of a line
-        self._first = len(vm.azure.requests)
         self._changed = threading.Condition()
-        vm.azure.on_request = lambda request: self._tell("Azure", describe(request))
+        vm.azure.on_request = self._record
         self.started = time.monotonic()
         pipes = [os.pipe(), os.pipe()]
         inner = [end for _, end in pipes]
@@ -383,11 +387,6 @@ class Boot:
     # What it did.
 
     @property
-    def requests(self) -> List[Request]:
-        """What it asked Azure since the power is on."""
-        return self.vm.azure.requests[self._first :]
-
-    @property
     def console(self) -> str:
         """What it said on the serial port."""
         return "\n".join([*self.lines, clean(self._rest)])
@@ -401,6 +400,11 @@ class Boot:
             self._changed.wait_for(lambda: condition() or self.off.is_set(), timeout)
             return condition()
 
+    def wait_for_change(self, timeout: float) -> None:
+        """Wait until something happens, for at most TIMEOUT seconds."""
+        with self._changed:
+            self._changed.wait(timeout)
+
     def wait_for_console(self, text: str, timeout: float) -> None:
         """Wait until the VM has said TEXT; raises AssertionError if it does not."""
         if not self.wait(lambda: text in self.console, timeout):
@@ -408,10 +412,20 @@ class Boot:
 
     # The power.
 
+    def press_power_button(self) -> None:
+        """Ask the VM to turn itself off."""
+        self._order("system_powerdown")
+
     def shut_down(self, timeout: float) -> bool:
         """Press the power button; return whether the VM turned itself off in TIMEOUT seconds."""
-        self._order("system_powerdown")
+        self.press_power_button()
         return self.wait(self.off.is_set, timeout)
+
+    def check(self) -> None:
+        """Raise VMError if it was QEMU that failed, not the VM that turned itself off."""
+        if self.process.returncode:
+            errors = self.errors.read_text(encoding="utf-8", errors="replace").splitlines()
+            raise VMError(clean(errors[-1] if errors else f"QEMU: {self.process.returncode}"))
 
     def cut_power(self) -> None:
         """Turn the VM off at once; what it has written to its disk stays."""
@@ -429,6 +443,10 @@ class Boot:
 
     # What it says.
 
+    def _record(self, request: Request) -> None:
+        self.requests.append(request)
+        self._tell("Azure", describe(request))
+
     def _tell(self, source: str, text: str) -> None:
         self.vm.listener(time.monotonic(), source, text)
         with self._changed:
@@ -445,7 +463,8 @@ class Boot:
                 for line in lines:
                     self.lines.append(clean(line.rstrip("\r")))
                     self._tell("console", self.lines[-1])
-                self._tell("console", "")
+                if self._rest.rstrip().endswith("login:"):
+                    self.prompt_time = time.monotonic()
 
     def _read_packets(self, descriptor: int) -> None:
         """Read a packet capture as it grows: https://wiki.wireshark.org/Development/LibpcapFileFormat."""
@@ -468,5 +487,6 @@ class Boot:
                 self.resets += 1
                 self._tell("VM", "reset")
         self.process.wait()
+        self.seconds = time.monotonic() - self.started
         self.off.set()
         self._tell("VM", "off")
