@@ -146,7 +146,7 @@ class ProvisionedTest(BootTest):
 
     def test_imds_that_knows_only_the_vm_name(self) -> None:
         self.network.add_platform()
-        self.azure.oldest_api_only = True
+        self.azure.newest_version = "2019-06-01"
         boot = self.machine().boot(self.network)
         self.assert_provisioned(boot, "web-prod-01-vm")
         self.note(boot)
