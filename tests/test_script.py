@@ -9,7 +9,7 @@ import time
 from typing import Dict, Optional
 from xml.etree import ElementTree
 
-from tests.fake_azure import GOAL_STATE, OK, Chunked, Raw, Request, Status, Text
+from tests.fake_azure import GOAL_STATE, Chunked, Request, Status, Text
 from tests.harness import ROOT, SCRIPT, Run, ScriptTest, popen
 
 PATH = f"{os.path.dirname(sys.executable)}:/usr/bin:/bin"
@@ -183,12 +183,10 @@ class HostnameTest(ScriptTest):
             "[" * 100000,
             b"\xff\xfe",
             compute("web-prod-02").encode("utf-16"),
-            Raw(OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{} "),
         ):
             with self.subTest(str(answer)[:60]):
                 self.azure.requests.clear()
-                answer = answer if isinstance(answer, Raw) else Text(answer)
-                self.azure.script("compute", [answer])
+                self.azure.script("compute", [Text(answer)])
                 self.assertEqual(self.hostname(), "web-prod-01")
                 self.assertEqual(len(self.azure.asked("compute")), 2)
 
