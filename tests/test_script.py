@@ -489,7 +489,7 @@ class CommandLineTest(ScriptTest):
             ["--wireserver", "host:http"],
             ["--wireserver", "host:0"],
             ["--wireserver", "host:65536"],
-            ["--wireserver", "host:\u0661"],
+            ["--wireserver", os.fsdecode("host:\u0661".encode("utf-8"))],
             ["--imds", "a b"],
             ["--imds", "a\nb"],
             ["--imds", "http://169.254.169.254"],
