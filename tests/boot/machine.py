@@ -13,7 +13,7 @@ import sys
 import threading
 import unittest
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Sequence
 
 from azure_provision import AZURE_CHASSIS_ASSET_TAG, CHASSIS_ASSET_TAG_FILE, UNIT, WIRESERVER
 from tests.boot.host import CACHE, RUN, command, missing, number, remove_tree, undo_at_exit
@@ -94,9 +94,12 @@ WantedBy=multi-user.target
 # Images, built once.
 
 
-def image(variant: str, suite: str = SUITE) -> Path:
-    """The directory of an image; takes half a minute when it is not in the cache yet."""
-    packages = ",".join(PACKAGES[variant])
+def image(variant: str, suite: str = SUITE, others: Sequence[str] = ()) -> Path:
+    """The directory of an image; takes half a minute when it is not in the cache yet.
+
+    It has the packages of VARIANT and these OTHERS.
+    """
+    packages = ",".join([*PACKAGES.get(variant, []), *others])
     key = hashlib.sha256(packages.encode()).hexdigest()[:8]
     directory = CACHE / f"{suite}-{variant}-{key}"
     CACHE.mkdir(parents=True, exist_ok=True)

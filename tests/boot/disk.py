@@ -1,0 +1,153 @@
+"""Disks that boot by themselves, with their own boot loader and kernel, made from an image's tree.
+
+A disk needs root only where its tree does (to build and copy it): the partitions and file systems
+are written straight into the file.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Sequence
+
+from tests.boot.host import command, which
+from tests.boot.machine import image
+
+# The command that is missing, and its package in Debian.
+TOOLS = {
+    "mmdebstrap": "mmdebstrap",
+    "mke2fs": "e2fsprogs",
+    "mkfs.vfat": "dosfstools",
+    "mcopy": "mtools",
+    "sfdisk": "fdisk",
+    "syslinux": "syslinux",  # generation 1
+    "objcopy": "binutils",  # generation 2
+}
+MBR_CODE = Path("/usr/lib/syslinux/mbr/mbr.bin")  # syslinux-common
+EFI_STUB = Path("usr/lib/systemd/boot/efi/linuxx64.efi.stub")  # in the tree: systemd-boot-efi
+
+PACKAGES = (
+    *("systemd", "systemd-sysv", "dbus", "libpam-systemd", "iproute2"),
+    *("linux-image-cloud-amd64", "systemd-boot-efi"),
+)
+
+MIB = 1024 * 1024  # bytes
+BOOT_START, BOOT_SIZE = 1, 63  # MiB
+ROOT_START = BOOT_START + BOOT_SIZE
+DISK_SIZE = 1024  # MiB, most of it a hole
+GAP = 1  # MiB at the end, for the second copy of a GPT
+
+# Everything speaks on the serial port, which is Azure's boot diagnostics.
+COMMAND_LINE = "root=LABEL=root {mode} console=ttyS0"
+
+# systemd-networkd as images have it: whatever the interface is called, with IPv6 link-local on.
+NETWORKD = """\
+[Match]
+Name=en* eth*
+
+[Network]
+DHCP=ipv4
+"""
+
+# The addresses of a unified kernel image's sections, as systemd's ukify once had them.
+SECTIONS = {".osrel": 0x20000, ".cmdline": 0x30000, ".linux": 0x2000000, ".initrd": 0x4000000}
+
+
+def missing() -> Sequence[str]:
+    """What building a disk needs and this machine does not have."""
+    absent = [f"{tool} ({package})" for tool, package in TOOLS.items() if which(tool) is None]
+    return absent if MBR_CODE.exists() else [*absent, f"{MBR_CODE} (syslinux-common)"]
+
+
+class Tree:
+    """A copy of an image's tree, to be changed and then made into disks.
+
+    PACKAGES is added to the kernel, systemd and D-Bus; each set of packages is built once.
+    """
+
+    def __init__(self, directory: Path, packages: Sequence[str] = ("python3",)) -> None:
+        self.directory = directory
+        self.root = directory / "root"
+        original = image("disk", "bookworm", [*PACKAGES, *packages])
+        command("cp", "--archive", "--reflink=auto", original, self.root)
+        self.write("etc/hostname", "golden-image\n")
+        self.write("etc/machine-id", "")
+        self.write("etc/fstab", "")
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file of the image."""
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+
+    def systemctl(self, *words: str) -> None:
+        """Enable, disable or mask units of the image."""
+        command("systemctl", f"--root={self.root}", "--quiet", *words)
+
+    def use_networkd(self, configuration: str = NETWORKD) -> None:
+        """Have systemd-networkd configure the network."""
+        self.write("etc/systemd/network/10-azure.network", configuration)
+        self.systemctl("enable", "systemd-networkd.service")
+
+    def disk(self, generation: int = 1, mode: str = "rw") -> Path:
+        """Make a disk of the tree as it is; MODE is how the kernel mounts the root: rw or ro."""
+        disk = self.directory / f"generation-{generation}.raw"
+        with open(str(disk), "wb") as file:
+            file.truncate(DISK_SIZE * MIB)
+        command_line = COMMAND_LINE.format(mode=mode)
+        make_bootable = make_bios_disk if generation == 1 else make_efi_disk
+        make_bootable(disk, self.root, command_line)
+        offset = f"offset={ROOT_START * MIB}"
+        options = ("-q", "-F", "-t", "ext4", "-L", "root", "-E", offset, "-d", self.root)
+        command("mke2fs", *options, disk, f"{DISK_SIZE - ROOT_START - GAP}M")
+        return disk
+
+    def remove(self) -> None:
+        shutil.rmtree(str(self.directory), ignore_errors=True)
+
+
+def partition(disk: Path, table: str) -> None:
+    """Give DISK a partition to boot from, with an empty FAT, and one for the root."""
+    sizes = {"boot": f"{BOOT_SIZE}MiB", "root": f"{DISK_SIZE - ROOT_START - GAP}MiB"}
+    subprocess.run(
+        [which("sfdisk") or "sfdisk", "--quiet", str(disk)],
+        input=table.format(start=f"{BOOT_START}MiB", **sizes),
+        universal_newlines=True,
+        check=True,
+    )
+    start = BOOT_START * MIB // 512  # sectors
+    command("mkfs.vfat", "-F", 16, f"--offset={start}", "-h", start, disk, BOOT_SIZE * 1024)
+
+
+def copy(disk: Path, file: Path, name: str) -> None:
+    """Copy FILE to the boot partition of DISK."""
+    # mtools would refuse a geometry that is not a multiple of whole tracks.
+    command("mcopy", "-i", f"{disk}@@{BOOT_START}M", file, f"::{name}", MTOOLS_SKIP_CHECK=1)
+
+
+def make_bios_disk(disk: Path, root: Path, command_line: str) -> None:
+    """Generation 1: syslinux, in an active partition."""
+    partition(disk, "label: dos\nstart={start}, size={boot}, type=c, bootable\nsize={root}\n")
+    configuration = disk.with_name("syslinux.cfg")
+    configuration.write_text(f"DEFAULT vmlinuz initrd=initrd.img {command_line}\n")
+    for file in (configuration, root / "vmlinuz", root / "initrd.img"):
+        copy(disk, file.resolve(), file.name)
+    command("syslinux", "--install", f"--offset={BOOT_START * MIB}", disk)
+    with open(str(disk), "r+b") as sectors:
+        sectors.write(MBR_CODE.read_bytes())
+
+
+def make_efi_disk(disk: Path, root: Path, command_line: str) -> None:
+    """Generation 2: a unified kernel image where every firmware looks for a boot loader."""
+    partition(disk, "label: gpt\nstart={start}, size={boot}, type=uefi\nsize={root}\n")
+    parameters = disk.with_name("cmdline")
+    parameters.write_text(command_line)
+    parts = (root / "usr/lib/os-release", parameters, root / "vmlinuz", root / "initrd.img")
+    options = []
+    for (section, address), part in zip(SECTIONS.items(), parts):
+        options += [f"--add-section={section}={part.resolve()}"]
+        options += [f"--change-section-vma={section}={address:#x}"]
+    kernel = disk.with_name("bootx64.efi")
+    command("objcopy", *options, root / EFI_STUB, kernel)
+    for directory in ("EFI", "EFI/BOOT"):
+        command("mmd", "-i", f"{disk}@@{BOOT_START}M", f"::{directory}", MTOOLS_SKIP_CHECK=1)
+    copy(disk, kernel, "EFI/BOOT/BOOTX64.EFI")
