@@ -1,33 +1,33 @@
 #!/usr/bin/env python3
-"""Provision an Azure VM whose image has no provisioning agent: once, at its first boot.
+"""Provision an Azure VM that has no provisioning agent, once, at its first boot.
 
 Report Ready to the WireServer, set the hostname that IMDS gives, publish it through DHCP, and
-disable the unit that ran this. Whatever the platform answers is checked before it is used, what
-fails is tried again until its limit, and each event is one line on standard output.
+disable the unit that ran this. Responses are validated; failures are retried until a deadline;
+each event is one line on standard output.
 
-The steps stand below in the order in which they run; main() at the end lists them.
+The steps are defined in the order in which they run; main() at the end calls them.
 """
 
 import sys
 
-# http.client does without ssl where there is none, and the platform speaks plain HTTP: importing
-# it would take a sixth of the time to Ready.
+# The platform speaks plain HTTP, and http.client works without ssl, which takes 3 MB to import.
 sys.modules["ssl"] = None  # type: ignore[assignment]
 
+import argparse
+import contextlib
 import http.client
+import json
 import os
 import re
+import signal
 import socket
+import struct
+import subprocess
 import time
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 from xml.etree import ElementTree
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:  # importing typing takes milliseconds, and only mypy needs it
-    from typing import Any, Callable, Container, Dict, List, Optional, Tuple, TypeVar
-
-    T = TypeVar("T")
-
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 UNIT = "azure-provisioning.service"
 
@@ -49,18 +49,14 @@ ROUTE_FILE = "/proc/self/net/route"  # proc_net(5)
 
 READY_LIMIT = 20 * 60  # seconds: Azure fails the VM's creation about then
 HOSTNAME_LIMIT = 5 * 60  # seconds
-ANSWER_TIMEOUT = 10  # seconds, for one request and its whole answer
-MAX_ANSWER = 1024 * 1024  # bytes, headers included; a goal state has some 3,000
+RESPONSE_TIMEOUT = 10  # seconds, for connecting, one request and its whole response
+MAX_BODY = 1024 * 1024  # bytes; a goal state has some 3,000
 MAX_REASONS = 10  # lines that one wait logs, however often the reason changes
 COMMAND_TIMEOUT = 30  # seconds: hostnamectl, systemctl
-PUBLISH_TIMEOUT = 15  # seconds: networkctl, or both calls of nmcli
+MAX_OUTPUT = 65536  # bytes that a command may print
+PUBLISH_TIMEOUT = 30  # seconds, from asking whose the interface is until the network is back
 
-# For each DHCP client: what tells whether an interface is its own (not "(externally)" another's),
-# how that is said, and what publishes a name. Neither renew, forcerenew nor reapply does.
-DHCP_CLIENTS = (
-    ("networkctl --no-legend list", r"\sconfigured\Z", "networkctl reconfigure"),
-    ("nmcli -g GENERAL.STATE device show", r"\A100 \(connected\)\Z", "nmcli device connect"),
-)
+RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTM_NEWADDR = 0x10, 0x40, 20  # <linux/rtnetlink.h>
 
 # hostname(7), at most 64 characters on Linux: sethostname(2). No underscore, as in systemd's own
 # rule: hostnamectl would drop it without a word.
@@ -69,117 +65,166 @@ HOSTNAME = rf"(?=.{{1,64}}\Z){LABEL}(\.{LABEL})*\Z"
 
 ERROR, WARNING, NOTICE, INFO = 3, 4, 5, 6  # sd-daemon(3)
 
+T = TypeVar("T")
+
+
+class DhcpClient(NamedTuple):
+    """How to find out whether a DHCP client manages the interface "{}", and what to do then."""
+
+    show: str  # the command that shows the interface's state
+    managed: str  # the output that means "managed and up", as a regular expression
+    publish: str  # the command that sends the DHCP request again, with the new name
+
+
+# Neither "networkctl renew" nor "networkctl forcerenew" nor "nmcli device reapply" sends the name.
+# An interface is up before networkd and NetworkManager are done with it (IPv6, dispatcher scripts):
+# it is "configuring", or in one of NetworkManager's states 40 to 90.
+DHCP_CLIENTS = (
+    DhcpClient(
+        "networkctl --no-legend list {}", r" configur(ed|ing)$", "networkctl reconfigure {}"
+    ),
+    DhcpClient(
+        "nmcli -g GENERAL.STATE device show {}",
+        r"^([4-9]0 .*|100 \(connected\))$",  # not "100 (connected (externally))"
+        "nmcli device connect {}",
+    ),
+    DhcpClient(
+        "systemctl is-active ifup@{}.service", "^active$", "systemctl restart ifup@{}.service"
+    ),
+    DhcpClient("ifquery --state {}", "=", "systemctl try-restart networking.service"),
+    DhcpClient("dhcpcd -U {}", "=", "systemctl try-restart dhcpcd.service"),
+)
+
 
 class ProvisioningError(Exception):
-    """A try or a step failed; the message says which one and why, in one line."""
+    """An attempt or a step failed; the message says which one and why, in one line."""
+
+
+class GoalState(NamedTuple):
+    """What the WireServer says of this VM, and expects to read in its health report."""
+
+    incarnation: str
+    container_id: str
+    instance_id: str
+
+
+class Response(NamedTuple):
+    """An HTTP response."""
+
+    status: int
+    status_line: str  # "200 OK", fit to be logged
+    body: bytes
 
 
 def log(priority: int, message: str) -> None:
-    """Print one line at once; the journal also gets its priority, as sd-daemon(3) has it."""
-    if "JOURNAL_STREAM" in os.environ and not os.isatty(1):
-        message = f"<{priority}>{message}"
+    """Print one line at once; in the journal it gets its priority, as sd-daemon(3) says."""
     try:
+        stdout = os.fstat(1)
+        # systemd.exec(5): the variable outlives a redirection, so compare.
+        if os.environ.get("JOURNAL_STREAM") == f"{stdout.st_dev}:{stdout.st_ino}":
+            message = f"<{priority}>{message}"
         os.write(1, (message + "\n").encode("ascii", "backslashreplace"))
     except OSError:
-        pass  # nobody reads any more: no reason to lose the VM
+        pass  # standard output is closed; don't fail provisioning for that
 
 
 def clean(text: str, length: int = 100) -> str:
-    """TEXT as printable ASCII on one line of at most LENGTH characters: it can forge no other."""
+    """Return TEXT as at most LENGTH printable ASCII characters, so that it cannot forge a line."""
     line = text[: length + 1].encode("unicode_escape").decode("ascii")
     return line if len(line) <= length else line[: length - 3] + "..."
 
 
-def keep_trying(attempt: "Callable[[], T]", limit: float) -> "T":
-    """Call ATTEMPT until it returns, and return what it returned: all waiting is done here.
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise ProvisioningError in the block after SECONDS, whatever it is doing.
 
-    The pause in between is a quarter of the time spent so far, within 0.05 to 1 s: the VM is
-    ready soon after its network is, and a long outage costs little. A reason is logged when it
-    is not the one before. Raises ProvisioningError with the last reason after LIMIT seconds.
+    One limit on a whole exchange: a socket's timeout starts again with every byte. The timer does
+    not follow the wall clock: setitimer(2).
+    """
+
+    def expire(*_: object) -> None:
+        raise ProvisioningError(f"timed out after {seconds:.0f} s")
+
+    signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))  # 0 would mean no limit
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def keep_trying(attempt: Callable[[], T], limit: float) -> T:
+    """Call ATTEMPT until it succeeds, and return its result. All retries are made here.
+
+    The pause between attempts is a quarter of the time spent so far, but 0.05 to 1 s: the VM is
+    ready soon after its network is, and a long outage costs little. A reason is logged if it is not
+    the previous one. Raises ProvisioningError with the last reason after LIMIT seconds.
     """
     started = time.monotonic()
-    tries, logged, reason = 0, 0, ""
+    attempts, logged, reason = 0, 0, ""
     while True:
-        tries += 1
+        attempts += 1
         try:
             result = attempt()
         except ProvisioningError as error:
             spent = time.monotonic() - started
             if spent >= limit:
-                failure = f"{error}; gave up at try {tries}, after {spent:.1f} s"
+                failure = f"{error}; gave up after {attempts} attempts in {spent:.0f} s"
                 raise ProvisioningError(failure) from None
             if str(error) != reason and logged < MAX_REASONS:
                 logged += 1
                 more = "" if logged < MAX_REASONS else "; further reasons are not logged"
-                log(WARNING, f"{error}; trying again for up to {limit - spent:.0f} s{more}")
+                log(WARNING, f"{error}; retrying for up to {limit - spent:.0f} s{more}")
             reason = str(error)
             time.sleep(min(max(spent / 4, 0.05), 1))
         else:
-            if tries > 1:
-                log(INFO, f"Answered at try {tries}, after {time.monotonic() - started:.1f} s")
+            if attempts > 1:
+                spent = time.monotonic() - started
+                log(INFO, f"Succeeded on attempt {attempts}, after {spent:.1f} s")
             return result
 
 
-class BoundedSocket(socket.socket):
-    """A TCP socket that fails after ANSWER_TIMEOUT seconds or MAX_ANSWER bytes in all.
-
-    A socket's own timeout starts anew with every byte that trickles in, and http.client bounds
-    neither an endless header nor a chunk that claims to have -1 bytes.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(socket.AF_INET, socket.SOCK_STREAM)
-        self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as http.client's own have it
-        self.settimeout(ANSWER_TIMEOUT)
-        self.deadline = time.monotonic() + ANSWER_TIMEOUT
-        self.budget = MAX_ANSWER
-
-    def recv_into(self, buffer: "Any", nbytes: int = 0, flags: int = 0) -> int:
-        """Receive; raises socket.timeout past the deadline, OSError past the last byte."""
-        remaining = self.deadline - time.monotonic()
-        if remaining <= 0:
-            raise socket.timeout
-        if self.budget <= 0:
-            raise OSError(f"the answer has more than {MAX_ANSWER} bytes")
-        self.settimeout(remaining)
-        size = super().recv_into(buffer, min(nbytes or len(buffer), self.budget), flags)
-        self.budget -= size
-        return size
-
-
 def exchange(
-    host: str, request: str, headers: "Dict[str, str]", accept: "Container[int]", body: str = ""
-) -> "Tuple[int, str, bytes]":
-    """Send one REQUEST ("GET /path") to HOST ("name" or "name:port"); return the answer.
+    host: str,
+    method: str,
+    path: str,
+    headers: Dict[str, str],
+    accept: Sequence[int] = (200,),
+    body: Optional[bytes] = None,
+) -> Response:
+    """Send one request to HOST ("name" or "name:port"); return the response.
 
-    It is returned as its status code, its status line and its body. Raises ProvisioningError
-    where none comes, where it is not whole or no HTTP, or where ACCEPT lacks its status code.
+    Raises ProvisioningError if there is none within RESPONSE_TIMEOUT, if it is malformed,
+    truncated or too large, or if its status is not in ACCEPT.
     """
-    method, path = request.split(" ")
     connection = http.client.HTTPConnection(host)
+    # Not read(): http.client would read a chunk of a claimed -1 bytes to its end, wherever that is.
+    buffer = bytearray(MAX_BODY + 1)
     try:
-        connection.sock = BoundedSocket()
-        connection.sock.connect((connection.host, connection.port))
-        connection.request(method, path, body.encode("utf-8") or None, headers)
-        with connection.getresponse() as response:
-            answer = response.read(MAX_ANSWER)
-            if response.length:  # http.client takes a body cut short here for a whole one
-                raise http.client.IncompleteRead(answer, response.length)
-    except socket.timeout:
-        raise ProvisioningError(f"{host}: {request}: no answer in {ANSWER_TIMEOUT} s") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        with time_limit(RESPONSE_TIMEOUT):
+            connection.request(method, path, body, headers)
+            with connection.getresponse() as response:
+                lengths = response.headers.get_all("Content-Length", [])
+                if len(lengths) > 1 or not all(length.isdecimal() for length in lengths):
+                    raise ProvisioningError("the Content-Length is not one number")
+                size = response.readinto(buffer)
+                if size > MAX_BODY:
+                    raise ProvisioningError(f"the body has more than {MAX_BODY} bytes")
+                if response.length:
+                    raise ProvisioningError(f"the body lacks {response.length} bytes")
+            status_line = f"{response.status} {response.reason}"
+            if response.status not in accept:
+                raise ProvisioningError(status_line)
+    except (OSError, http.client.HTTPException, ValueError, ProvisioningError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ProvisioningError(f"{host}: {request}: {clean(reason)}") from None
+        raise ProvisioningError(f"{host}: {method} {path}: {clean(reason)}") from None
     finally:
         connection.close()
-    status = clean(f"{response.status} {response.reason}")
-    if response.status not in accept:
-        raise ProvisioningError(f"{host}: {request}: {status}")
-    return response.status, status, answer
+    return Response(response.status, clean(status_line), bytes(buffer[:size]))
 
 
-def other_platform() -> "Optional[str]":
-    """The chassis asset tag of a machine outside Azure; None on Azure, or where it has no tag."""
+def other_platform() -> Optional[str]:
+    """Return the chassis asset tag of a machine outside Azure; None on Azure, or without a tag."""
     try:
         with open(CHASSIS_ASSET_TAG_FILE, "rb") as file:
             tag = file.read().decode("latin-1").strip()
@@ -188,36 +233,38 @@ def other_platform() -> "Optional[str]":
     return None if tag == AZURE_CHASSIS_ASSET_TAG else clean(tag)
 
 
-def fetch_goal_state(wireserver: str) -> "Tuple[str, str, str]":
-    """Ask the WireServer who this VM is: its incarnation, its ContainerId, its InstanceId.
+def fetch_goal_state(wireserver: str) -> GoalState:
+    """Ask the WireServer which VM this is.
 
-    Raises ProvisioningError where the answer is no goal state. A DOCTYPE is refused unparsed:
-    its entities can make a small answer fill the memory.
+    Raises ProvisioningError if the response is not a goal state. A DOCTYPE is refused unparsed:
+    its entities can make a small document fill the memory. So is a NUL, since expat would take
+    UTF-16 for what it is, and the DOCTYPE in it would not have been seen here.
     """
-    answer = exchange(wireserver, "GET /machine?comp=goalstate", WIRESERVER_HEADERS, (200,))[2]
+    response = exchange(wireserver, "GET", "/machine?comp=goalstate", WIRESERVER_HEADERS)
     try:
-        text = answer.decode("utf-8-sig")  # a parser of text is not told another encoding
-        if "<!DOCTYPE" in text:
-            raise ProvisioningError("The goal state has a DOCTYPE")
+        text = response.body.decode("utf-8-sig")  # parsing str ignores the declared encoding
+        if "<!DOCTYPE" in text or "\0" in text:
+            raise ProvisioningError("The goal state has a DOCTYPE or a NUL")
         root = ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError) as error:
-        raise ProvisioningError(f"The goal state is no XML: {clean(str(error))}") from None
+        raise ProvisioningError(f"The goal state is not valid XML: {clean(str(error))}") from None
     container_id = root.findtext("Container/ContainerId", "").strip()
     instance_id = root.findtext("Container/RoleInstanceList/RoleInstance/InstanceId", "").strip()
     if not container_id or not instance_id:
         raise ProvisioningError("The goal state has no ContainerId or no InstanceId")
-    return root.findtext("Incarnation", "").strip() or "1", container_id, instance_id
+    incarnation = root.findtext("Incarnation", "").strip() or "1"
+    return GoalState(incarnation, container_id, instance_id)
 
 
-def health_report(incarnation: str, container_id: str, instance_id: str) -> str:
-    """The XML that tells the WireServer that the VM of this goal state is ready."""
+def health_report(goal_state: GoalState) -> str:
+    """Return the XML that tells the WireServer that the VM of GOAL_STATE is ready."""
     health = ElementTree.Element("Health")
-    ElementTree.SubElement(health, "GoalStateIncarnation").text = incarnation
+    ElementTree.SubElement(health, "GoalStateIncarnation").text = goal_state.incarnation
     container = ElementTree.SubElement(health, "Container")
-    ElementTree.SubElement(container, "ContainerId").text = container_id
+    ElementTree.SubElement(container, "ContainerId").text = goal_state.container_id
     roles = ElementTree.SubElement(container, "RoleInstanceList")
     role = ElementTree.SubElement(roles, "Role")
-    ElementTree.SubElement(role, "InstanceId").text = instance_id
+    ElementTree.SubElement(role, "InstanceId").text = goal_state.instance_id
     ElementTree.SubElement(ElementTree.SubElement(role, "Health"), "State").text = "Ready"
     return ElementTree.tostring(health, encoding="unicode")
 
@@ -225,51 +272,73 @@ def health_report(incarnation: str, container_id: str, instance_id: str) -> str:
 def report_ready(wireserver: str, dry_run: bool) -> None:
     """Tell the WireServer that the VM is ready; a dry run only shows what it would be told.
 
-    A try is both requests: a report may be refused because the goal state has moved on (410).
-    Raises ProvisioningError after READY_LIMIT seconds.
+    Each attempt fetches the goal state anew: a report is refused (410) if it has moved on. Raises
+    ProvisioningError after READY_LIMIT seconds.
     """
+    logged: List[Tuple[str, str]] = []
 
-    def attempt() -> "Tuple[str, str, str, str]":
-        incarnation, container_id, instance_id = fetch_goal_state(wireserver)
-        report = health_report(incarnation, container_id, instance_id)
-        response = "none, as nothing is posted in a dry run"
-        if not dry_run:
-            headers = dict(WIRESERVER_HEADERS, **{"Content-Type": "text/xml;charset=utf-8"})
-            request, success = "POST /machine?comp=health", range(200, 300)
-            response = exchange(wireserver, request, headers, success, report)[1]
-        return container_id, instance_id, report, response
+    def attempt() -> Tuple[str, str]:
+        goal_state = fetch_goal_state(wireserver)
+        ids = (goal_state.container_id, goal_state.instance_id)
+        # Before the report, which may be rejected: Azure support asks for the ids.
+        if ids not in logged[-1:] and len(logged) < MAX_REASONS:
+            logged.append(ids)
+            log(INFO, f"ContainerId: {clean(goal_state.container_id)}")
+            log(INFO, f"InstanceId: {clean(goal_state.instance_id)}")
+        report = health_report(goal_state)
+        if dry_run:
+            return report, "none, because nothing is posted in a dry run"
+        headers = dict(WIRESERVER_HEADERS, **{"Content-Type": "text/xml;charset=utf-8"})
+        path, success = "/machine?comp=health", range(200, 300)
+        response = exchange(wireserver, "POST", path, headers, success, report.encode("utf-8"))
+        return report, response.status_line
 
     log(INFO, f"Retrieving the goal state from the WireServer, {wireserver}")
-    container_id, instance_id, report, response = keep_trying(attempt, READY_LIMIT)
-    log(INFO, f"ContainerId: {clean(container_id)}")
-    log(INFO, f"InstanceId: {clean(instance_id)}")
+    report, response = keep_trying(attempt, READY_LIMIT)
     log(INFO, f"Health report: {clean(report, 1000)}")
     log(INFO, f"Response: {response}")
 
 
-def fetch_hostname(imds: str) -> str:
-    """The hostname that the user gave this VM, from IMDS, and valid: it is safe to pass on.
+def names_of_vm(body: bytes) -> Dict[str, str]:
+    """Return the names in the compute metadata BODY: "computerName" and "name", if it has them.
 
-    compute/name is the name of the VM resource, no hostname in a scale set ("myset_0"); an IMDS
-    that does not know osProfile and a VM that has none leave nothing better. Raises
-    ProvisioningError after HOSTNAME_LIMIT seconds, or at once where the name is not valid.
+    Raises ProvisioningError if BODY is not JSON of that shape: an error page, or half a document.
+    """
+    try:
+        # float, since int would take seconds for a million digits; no number is used here
+        compute = json.loads(body.decode("utf-8-sig"), parse_int=float)
+        profile = compute.get("osProfile") or {}
+        names = {"computerName": profile.get("computerName"), "name": compute.get("name")}
+        return {source: name.strip(" \t\r\n") for source, name in names.items() if name is not None}
+    except (ValueError, AttributeError, RecursionError) as error:
+        reason = clean(str(error))
+        raise ProvisioningError(f"IMDS did not answer with compute metadata: {reason}") from None
+
+
+def fetch_hostname(imds: str) -> str:
+    """Return the hostname that the user gave this VM, from IMDS; it is valid, so safe to pass on.
+
+    The computer name is that hostname. The name of the VM resource, which in a scale set is not
+    even a hostname ("myset_0"), is used only if there is no computer name, in one and the same
+    response. Raises ProvisioningError after HOSTNAME_LIMIT seconds, or at once if the name is not
+    valid.
     """
 
-    def attempt() -> "Tuple[str, str]":
-        for source, version, accept in (
-            ("compute/osProfile/computerName", "2021-02-01", (200, 400, 404)),
-            ("compute/name", "2019-06-01", (200,)),
-        ):
-            request = f"GET /metadata/instance/{source}?api-version={version}&format=text"
-            status, _, answer = exchange(imds, request, IMDS_HEADERS, accept)
-            if status == 200 and answer.strip():
-                return answer.strip().decode("latin-1"), source  # no byte fails here
+    def attempt() -> Tuple[str, str]:
+        path = "/metadata/instance/compute?api-version="
+        response = exchange(imds, "GET", path + "2021-02-01", IMDS_HEADERS, (200, 400))
+        if response.status == 400:  # Azure Stack Hub and sovereign clouds have an older IMDS
+            response = exchange(imds, "GET", path + "2019-06-01", IMDS_HEADERS)
+        names = names_of_vm(response.body)
+        for source in ("computerName", "name"):
+            if names.get(source):
+                return names[source], source
         raise ProvisioningError("IMDS has neither a computer name nor a VM name")
 
     log(INFO, f"Retrieving the hostname from IMDS, {imds}")
     name, source = keep_trying(attempt, HOSTNAME_LIMIT)
     if not re.match(HOSTNAME, name):
-        raise ProvisioningError(f"The {source} in IMDS is no valid hostname: {clean(name)}")
+        raise ProvisioningError(f"The {source} in IMDS is not a valid hostname: {clean(name)}")
     log(INFO, f"Hostname: {name} ({source})")
     return name
 
@@ -277,125 +346,180 @@ def fetch_hostname(imds: str) -> str:
 def run(*command: str, timeout: float) -> str:
     """Run COMMAND; return its output.
 
-    Raises ProvisioningError where it is missing, fails, or takes over TIMEOUT seconds.
+    Raises ProvisioningError if it is missing, fails, prints more than MAX_OUTPUT bytes or takes
+    longer than TIMEOUT seconds.
     """
-    import subprocess  # here, since Ready need not wait for it
-
+    # Not this process's environment: SYSTEMD_COLORS and the like change what a command prints.
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     try:
         with subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=dict(os.environ, LC_ALL="C"),
+            env=environment,
             start_new_session=True,
         ) as process:
+            assert process.stdout is not None
             try:
-                output = process.communicate(timeout=timeout)[0].decode("latin-1").strip()
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)  # its children, too
-                raise ProvisioningError(f"{command[0]}: not done in {timeout:.0f} s") from None
-    except OSError as error:
-        raise ProvisioningError(f"{command[0]}: {error.strerror}") from None
-    if process.returncode != 0:
-        reason = clean(output, 200) or f"status {process.returncode}"
-        raise ProvisioningError(f"{command[0]}: {reason}")
-    return output
+                with time_limit(timeout):
+                    output = process.stdout.read(MAX_OUTPUT + 1)
+                    if len(output) > MAX_OUTPUT:
+                        raise ProvisioningError(f"printed more than {MAX_OUTPUT} bytes")
+                    status = process.wait()
+            except ProvisioningError:
+                os.killpg(process.pid, signal.SIGKILL)  # its children, too
+                raise
+    except (OSError, ProvisioningError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ProvisioningError(f"{command[0]}: {reason}") from None
+    text = output.decode("latin-1").strip()  # no byte fails here
+    if status != 0:
+        raise ProvisioningError(f"{command[0]}: {clean(text, 200) or f'status {status}'}")
+    return text
 
 
 def set_hostname(name: str) -> bool:
-    """Make NAME the hostname, now and after a boot; return whether it was another one before.
+    """Make NAME the hostname, now and after a reboot; return whether it will outlast this boot.
 
-    hostnamectl needs D-Bus and a writable root. Without them the kernel and hostname(5) are told
-    directly; a read-only /etc costs a warning. Raises ProvisioningError where the kernel refuses.
+    hostnamectl needs D-Bus and a writable root; without them the kernel is told directly. Raises
+    ProvisioningError if the kernel refuses.
     """
-    before = socket.gethostname()
     try:
         run("hostnamectl", "set-hostname", name, timeout=COMMAND_TIMEOUT)
         log(INFO, "Hostname set by hostnamectl")
-        return before != name
     except ProvisioningError as error:
         log(NOTICE, f"{error}; setting the hostname without hostnamectl")
+        try:
+            socket.sethostname(name)
+        except OSError as error:
+            raise ProvisioningError(f"The hostname cannot be set: {error.strerror}") from None
+        log(INFO, "Hostname set")
     try:
-        with open(HOSTNAME_FILE, "w") as file:
-            file.write(name + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a power cut after the unit is disabled must not lose it
+        store_hostname(name)
     except OSError as error:
-        log(WARNING, f"{HOSTNAME_FILE}: {error.strerror}; the hostname lasts until the next boot")
+        log(WARNING, f"{HOSTNAME_FILE}: {error.strerror}; {UNIT} stays enabled for the next boot")
+        return False
+    return True
+
+
+def store_hostname(name: str) -> None:
+    """Write NAME to hostname(5), and to the disk: a power cut must not lose it.
+
+    hostnamectl has written it already if it could, but it does not fsync. The old name stays as it
+    is if this fails, even on a full disk. Raises OSError.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK  # no waiting for the reader of a FIFO
+    content = name.encode("ascii") + b"\n"
+    descriptor = os.open(HOSTNAME_FILE, flags, 0o644)
     try:
-        socket.sethostname(name)
-    except OSError as error:
-        raise ProvisioningError(f"The hostname cannot be set: {error.strerror}") from None
-    log(INFO, "Hostname set")
-    return before != name
+        os.write(descriptor, content)
+        os.ftruncate(descriptor, len(content))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def publish_hostname() -> None:
-    """Have the DHCP client ask again, with the new name: Azure's DNS learns it from that alone.
+    """Have the DHCP client send its request again, with the new name, and wait for the network.
 
-    The address may be away for a moment. Never fails: any client sends the name at the next boot.
-    https://github.com/Azure/azure-init/issues/68
+    Azure's DNS learns a VM's name from that request alone. The client drops the address for a
+    moment, and what is ordered after the unit needs it back. Never fails: any client sends the name
+    at the next boot. https://github.com/Azure/azure-init/issues/68
     """
-    deadline = time.monotonic() + PUBLISH_TIMEOUT
-
-    def ask(command: str) -> str:
-        timeout = max(deadline - time.monotonic(), 0)
-        return run(*command.split(), interface, timeout=timeout)
-
+    started = time.monotonic()
+    deadline = started + PUBLISH_TIMEOUT
     try:
-        interface = default_interface()
-        for whose, own, publish in DHCP_CLIENTS:
-            try:
-                if not re.search(own, ask(whose)):
-                    continue
-            except ProvisioningError:  # not installed, or not running
-                continue
-            ask(publish)
-            log(INFO, f"Hostname published by {publish} {interface}")
-            return
-        raise ProvisioningError(f"{interface} has no DHCP client that is known here")
+        interface = next(iter(default_interfaces()), None)
+        if interface is None:
+            raise ProvisioningError("there is no default route")
+        publish = publishing_command(interface, deadline)
+        with address_events() as events:  # from before the command, so that none is missed
+            run(*publish.split(), timeout=deadline - time.monotonic())
+            wait_for_network(interface, events, deadline)
+        log(INFO, f"Hostname published by {publish}, in {time.monotonic() - started:.2f} s")
     except (OSError, ProvisioningError) as error:
         log(NOTICE, f"The hostname will be published at the next boot: {clean(str(error), 200)}")
 
 
-def default_interface() -> str:
-    """The network interface of the IPv4 default route: proc_net(5).
+def default_interfaces() -> List[str]:
+    """Return the network interfaces that have an IPv4 default route, the best first: proc_net(5).
 
-    Raises ProvisioningError where there is none, OSError where the kernel does not tell.
+    Raises OSError if the kernel does not tell.
     """
-    with open(ROUTE_FILE) as file:
+    with open(ROUTE_FILE, "rb") as file:
         routes = [line.split() for line in file][1:]
-    # The destination and its mask are all zeros; the interface "*" is no interface but a refusal.
-    defaults = [(int(r[6]), r[0]) for r in routes if r[1] == r[7] == "00000000" and r[0] != "*"]
-    if not defaults:
-        raise ProvisioningError("there is no default route")
-    return min(defaults)[1]  # of the lowest metric
+    # The destination and its mask are zero; the interface of a route that rejects is "*".
+    zero = b"00000000"
+    defaults = [(int(r[6]), r[0]) for r in routes if r[1] == r[7] == zero and r[0] != b"*"]
+    return [os.fsdecode(interface) for _, interface in sorted(defaults)]  # by metric
+
+
+def publishing_command(interface: str, deadline: float) -> str:
+    """Return the command with which the DHCP client of INTERFACE sends its request again.
+
+    Raises ProvisioningError if no client says that it manages INTERFACE. A client that hangs has
+    only its share of the time until DEADLINE.
+    """
+    share = (deadline - time.monotonic()) / (len(DHCP_CLIENTS) + 1)
+    for client in DHCP_CLIENTS:
+        try:
+            state = run(*client.show.format(interface).split(), timeout=share)
+        except ProvisioningError:
+            continue  # not installed, or not running
+        if re.search(client.managed, state):
+            return client.publish.format(interface)
+    known = "systemd-networkd, NetworkManager, ifupdown or dhcpcd"
+    raise ProvisioningError(
+        f"{interface} is not managed by {known}; reboot, or restart its DHCP client"
+    )
+
+
+def address_events() -> socket.socket:
+    """Return a socket that receives what happens to IPv4 addresses and routes: rtnetlink(7)."""
+    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    events.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
+    return events
+
+
+def wait_for_network(interface: str, events: socket.socket, deadline: float) -> None:
+    """Wait until INTERFACE has been given an address anew, and has the default route again.
+
+    Raises ProvisioningError if it does not by DEADLINE.
+    """
+    try:
+        with time_limit(deadline - time.monotonic()):
+            new = False
+            while not new or interface not in default_interfaces():
+                # struct nlmsghdr, then struct ifaddrmsg, whose index is that of the interface
+                kind, index = struct.unpack_from("=4xH14xI", events.recv(65536))
+                new = new or (kind == RTM_NEWADDR and index == socket.if_nametoindex(interface))
+    except ProvisioningError as error:
+        raise ProvisioningError(f"the network of {interface} is not back: {error}") from None
 
 
 def disable_unit() -> None:
-    """Have systemd run this no more. Never fails: the VM is provisioned all the same."""
+    """Disable the unit. Never fails: the VM is provisioned all the same."""
     try:
-        # without --no-reload systemd reads every unit again, and this one waits for it
+        # Without --no-reload systemd reads every unit again, and this one waits for it.
         run("systemctl", "disable", "--no-reload", UNIT, timeout=COMMAND_TIMEOUT)
         log(INFO, f"{UNIT} disabled")
     except ProvisioningError as error:
         log(WARNING, f"{error}; {UNIT} will run again at the next boot")
 
 
-def parse_command_line(arguments: "List[str]") -> "Tuple[Optional[str], Optional[str], bool]":
-    """The --wireserver, --imds and --dry-run of ARGUMENTS; exits with status 2 if one is wrong."""
-    if not arguments:  # a first boot, which is spared the import
-        return None, None, False
-    import argparse
+def endpoint(text: str) -> str:
+    """Return TEXT if it is HOST[:PORT]; raises argparse.ArgumentTypeError if it is not."""
+    host, colon, port = text.partition(":")
+    if not re.match(HOSTNAME, host) or (colon and not re.match(r"[0-9]{1,5}\Z", port)):
+        raise argparse.ArgumentTypeError(f"not HOST[:PORT]: {clean(text)}")
+    if colon and not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"not a port: {port}")
+    return text
 
-    def endpoint(text: str) -> str:
-        host, _, port = text.partition(":")
-        valid = re.match(HOSTNAME, host) and (text == host or re.match(r"[0-9]{1,5}\Z", port))
-        if not valid or not 0 < int(port or 80) < 65536:
-            raise argparse.ArgumentTypeError(f"not HOST[:PORT]: {clean(text)}")
-        return text
 
+def parse_command_line(arguments: List[str]) -> argparse.Namespace:
+    """Parse ARGUMENTS; exits with status 2 if they are wrong."""
     parser = argparse.ArgumentParser(
         prog="azure_provision.py",
         description="Tell Azure that this VM is ready, and set the hostname that IMDS gives it.",
@@ -408,26 +532,35 @@ def parse_command_line(arguments: "List[str]") -> "Tuple[Optional[str], Optional
     option("--dry-run", action="store_true", help="show what would be sent and set; do neither")
     option("--version", action="version", version=f"%(prog)s {__version__}")
     options = parser.parse_args(arguments)
-    return options.wireserver, options.imds, options.dry_run
+    if bool(options.wireserver) != bool(options.imds):
+        parser.error("give both --wireserver and --imds, or neither")
+    return options
 
 
-def main(arguments: "List[str]") -> int:
+def main(arguments: List[str]) -> int:
     """Run the steps; return the exit status."""
     started = time.monotonic()
-    wireserver, imds, dry_run = parse_command_line(arguments)
-    tag = None if wireserver or imds else other_platform()
-    if tag is not None:
-        log(NOTICE, f'Not on Azure (the chassis asset tag is "{tag}"): nothing to do')
-        return 0
+    options = parse_command_line(arguments)
+    if not options.wireserver:
+        tag = other_platform()
+        if tag is not None:
+            log(NOTICE, f'Not on Azure (the chassis asset tag is "{tag}"): nothing to do')
+            return 0
+        if os.geteuid() != 0 and not options.dry_run:
+            log(ERROR, "Not root: nothing was sent; run it as root, or try --dry-run")
+            return 2
     try:
-        report_ready(wireserver or WIRESERVER, dry_run)
-        hostname = fetch_hostname(imds or IMDS)
-        if dry_run:
+        report_ready(options.wireserver or WIRESERVER, options.dry_run)
+        hostname = fetch_hostname(options.imds or IMDS)
+        if options.dry_run:
             log(INFO, "Dry run: nothing was posted, nothing was changed")
             return 0
-        if set_hostname(hostname):
+        changed = hostname != socket.gethostname()
+        stored = set_hostname(hostname)
+        if changed:
             publish_hostname()
-        disable_unit()
+        if stored:
+            disable_unit()
     except ProvisioningError as error:
         log(ERROR, f"Not provisioned: {error}; the next boot tries again")
         return 1
@@ -436,7 +569,5 @@ def main(arguments: "List[str]") -> int:
 
 
 if __name__ == "__main__":
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a trial without a traceback
     sys.exit(main(sys.argv[1:]))

@@ -55,14 +55,14 @@ class Clock:
     def sleep(self, seconds):
         self.now += seconds
 connects = 0
-class CountingSocket(azure_provision.BoundedSocket):
-    def connect(self, address):
+class CountingConnection(azure_provision.http.client.HTTPConnection):
+    def connect(self):
         global connects
         connects += 1
-        super().connect(address)
+        super().connect()
 azure_provision.time = Clock()
-azure_provision.BoundedSocket = CountingSocket
-status = azure_provision.main(["--wireserver", sys.argv[2]])
+azure_provision.http.client.HTTPConnection = CountingConnection
+status = azure_provision.main(["--wireserver", sys.argv[2], "--imds", sys.argv[2]])
 print("connects:", connects, file=sys.stderr)
 sys.exit(status)
 """

@@ -4,12 +4,13 @@ The real script runs twice, in a dry run and then for real, with stand-ins for t
 It changes nothing on this machine.
 """
 
+import os
 import sys
 import threading
 from typing import List
 
 from tests.fake_azure import FakeAzure, Status, describe
-from tests.harness import SCRIPT, Machine, popen
+from tests.harness import Machine, start_script
 
 lock = threading.Lock()
 
@@ -22,13 +23,15 @@ def show(who: str, line: str) -> None:
 def run(title: str, azure: FakeAzure, machine: Machine, *options: str) -> int:
     """Run the script and show what it says beside what Azure hears; return its exit status."""
     print(f"\n{title}\n", flush=True)
-    command = [sys.executable, "-I", "-S", str(SCRIPT), "--wireserver", azure.wireserver]
-    process = popen([*command, "--imds", azure.imds, *options], machine)
-    assert process.stdout is not None
-    for line in process.stdout:
-        show("script", line.rstrip("\n"))
-    errors = process.communicate()[1]
-    sys.stderr.write(errors)
+    endpoints = ("--wireserver", azure.wireserver, "--imds", azure.imds)
+    with start_script(machine, *endpoints, *options) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            for line in process.stdout:
+                show("script", line.rstrip("\n"))
+            sys.stderr.write(process.stderr.read())
+        finally:
+            process.kill()  # if it has not ended: whoever watched has gone
     return process.returncode
 
 
@@ -54,4 +57,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except (BrokenPipeError, KeyboardInterrupt):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes at its end
+        status = 1
+    sys.exit(status)

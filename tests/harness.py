@@ -18,22 +18,34 @@ SCRIPT = ROOT / "azure_provision.py"
 UNIT_FILE = ROOT / "azure-provisioning.service"
 INSTALLER = ROOT / "install.sh"
 
-# Runs the script's own main() with some of its constants changed, and without ever naming the
-# machine that the tests run on.
+# Runs the script's own main() with some of its constants changed. It never names the machine that
+# the tests run on, and records what it calls for that.
 DRIVER = """
-import json, sys
-root, settings, record = json.loads(sys.argv[1])
+import json, os, sys
+root, settings, record, journal, uid = json.loads(sys.argv[1])
 sys.path.insert(0, root)
 import azure_provision
-for name, value in settings.items():
-    getattr(azure_provision, name)
-    setattr(azure_provision, name, value)
+def note(*words):
+    with open(record, "a") as file:
+        print(*words, file=file)
 def sethostname(name):
     if "REFUSED" in open(record).read():
         raise PermissionError(1, "Operation not permitted")
-    with open(record, "a") as file:
-        print("sethostname", name, file=file)
-azure_provision.socket.sethostname = sethostname
+    note("sethostname", name)
+def fsync(descriptor, real=os.fsync):
+    note("fsync", os.path.basename(os.readlink("/proc/self/fd/%d" % descriptor)))
+    real(descriptor)
+def write(descriptor, data, real=os.write):
+    if descriptor > 2 and "NO_SPACE" in os.environ:
+        raise OSError(28, "No space left on device")
+    return real(descriptor, data)
+for name, value in settings.items():
+    getattr(azure_provision, name)
+    setattr(azure_provision, name, value)
+azure_provision.socket.sethostname, os.fsync, os.write = sethostname, fsync, write
+os.geteuid = lambda: uid
+if journal:
+    os.environ["JOURNAL_STREAM"] = "{0.st_dev}:{0.st_ino}".format(os.fstat(1))
 sys.exit(azure_provision.main(sys.argv[2:]))
 """
 
@@ -63,6 +75,8 @@ class Machine:
         self.record.write_text("")
         self.hostname_file = self.root / "hostname"
         self.hostname_file.write_text("localhost\n")
+        self.route_file = self.root / "route"  # empty: without a default route
+        self.route_file.write_text("")
         self.bin = self.root / "bin"
         self.bin.mkdir()
         for name, action in tools.items():
@@ -98,22 +112,9 @@ class ScriptTest(unittest.TestCase):
         self.addCleanup(machine.remove)
         return machine
 
-    def provision(
-        self,
-        *arguments: str,
-        machine: Optional[Machine] = None,
-        endpoints: bool = True,
-        environment: Optional[Dict[str, str]] = None,
-        **settings: Any,
-    ) -> Run:
-        """Run the script to its end; SETTINGS are constants of its that are to differ."""
-        process = self.start(
-            *arguments,
-            machine=machine or self.machine(),
-            endpoints=endpoints,
-            environment=environment,
-            **settings,
-        )
+    def provision(self, *arguments: str, machine: Optional[Machine] = None, **options: Any) -> Run:
+        """Run the script to its end; OPTIONS are those of start()."""
+        process = self.start(*arguments, machine=machine or self.machine(), **options)
         started = time.monotonic()
         try:
             output, errors = process.communicate(timeout=30)
@@ -126,20 +127,10 @@ class ScriptTest(unittest.TestCase):
         return Run(process.returncode, output, errors, seconds)
 
     def start(
-        self,
-        *arguments: str,
-        machine: Machine,
-        endpoints: bool = True,
-        environment: Optional[Dict[str, str]] = None,
-        **settings: Any,
+        self, *arguments: str, machine: Machine, endpoints: bool = True, **options: Any
     ) -> "subprocess.Popen[str]":
-        """Start the script as a process."""
-        settings.setdefault("HOSTNAME_FILE", str(machine.hostname_file))
-        setup = json.dumps([str(ROOT), settings, str(machine.record)])
-        command = [sys.executable, "-I", "-c", DRIVER, setup]
-        if endpoints:
-            command += self.endpoints
-        return popen([*command, *arguments], machine, environment)
+        """Start the script as a process; OPTIONS are those of start_script()."""
+        return start_script(machine, *(self.endpoints if endpoints else ()), *arguments, **options)
 
     def assert_in_order(self, patterns: List[str], lines: List[str]) -> None:
         """Each pattern matches a line, each after the one before."""
@@ -147,6 +138,24 @@ class ScriptTest(unittest.TestCase):
         for pattern in patterns:
             if not any(re.search(pattern, line) for line in remaining):
                 self.fail(f"no line for {pattern!r} in its place:\n" + "\n".join(lines))
+
+
+def start_script(
+    machine: Machine,
+    *arguments: str,
+    environment: Optional[Dict[str, str]] = None,
+    journal: bool = False,
+    uid: int = 0,
+    **settings: Any,
+) -> "subprocess.Popen[str]":
+    """Start the script on MACHINE; SETTINGS are constants of the script that are to differ.
+
+    JOURNAL tells it that its standard output is the journal, UID whom it runs as.
+    """
+    settings.setdefault("HOSTNAME_FILE", str(machine.hostname_file))
+    settings.setdefault("ROUTE_FILE", str(machine.route_file))
+    setup = json.dumps([str(ROOT), settings, str(machine.record), journal, uid])
+    return popen([sys.executable, "-I", "-c", DRIVER, setup, *arguments], machine, environment)
 
 
 def popen(
@@ -158,6 +167,6 @@ def popen(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        universal_newlines=True,
+        encoding="utf-8",
         env=dict({"PATH": str(machine.bin)}, **(environment or {})),
     )

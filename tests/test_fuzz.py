@@ -26,6 +26,7 @@ from tests.fake_azure import GOAL_STATE
 
 RUNS, SEED = 2000, 20190601
 NAME = "web-prod-01"
+METADATA = b'{"name": "vm", "osProfile": {"computerName": "%s"}}'
 GOOD_STATE = GOAL_STATE.format(
     version="2012-11-30", incarnation="1", container_id="c-1", instance_id="i-1"
 ).encode()
@@ -140,8 +141,10 @@ class Case:
         pick = self.random
         left = self.left.setdefault(resource, pick.choice([0, 0, 1, 1, 2]))
         self.left[resource] = left - 1
-        good = {"goalstate": GOOD_STATE, "health": b""}.get(resource, NAME.encode())
+        metadata = METADATA % (NAME.encode() if pick.random() < 0.8 else pick.choice(NAMES))
+        good = {"goalstate": GOOD_STATE, "health": b""}.get(resource, metadata)
         if left <= 0 and self.recovers:
+            good = METADATA % NAME.encode() if resource == "compute" else good
             return "send", http(b"200 OK", [b"Content-Length: %d" % len(good)], good)
         kind = pick.random()
         if kind < 0.02:
@@ -232,8 +235,10 @@ class Server:
                     if key.fileobj is self.stopped:
                         return
                     connection = key.fileobj.accept()[0]  # type: ignore[union-attr]
-                    with contextlib.suppress(OSError):
+                    try:
                         self.answer(connection)
+                    except OSError:  # the script has hung up
+                        connection.close()
 
     def answer(self, connection: socket.socket) -> None:
         connection.settimeout(5)
@@ -246,7 +251,7 @@ class Server:
             length = int(head.lower().split(b"content-length:")[1].split()[0])
             while len(body) < length:
                 body += connection.recv(65536)
-        words = (b"goalstate", b"health", b"computerName", b"compute/name")
+        words = (b"goalstate", b"health", b"compute")
         resource = next(word.decode() for word in words if word in head)
         how, answer = self.case.answer(resource)
         if how in ("silence", "stall"):
@@ -296,8 +301,9 @@ class Fuzz:
     @contextlib.contextmanager
     def patches(self) -> Iterator[None]:
         """The script in this process, its tools recorded, its limits low."""
-        low: Dict[str, Any] = {"ANSWER_TIMEOUT": 0.02, "READY_LIMIT": 2, "HOSTNAME_LIMIT": 2}
-        low.update(run=self.run_tool, time=Clock())
+        low: Dict[str, Any] = {"RESPONSE_TIMEOUT": 0.02, "READY_LIMIT": 2, "HOSTNAME_LIMIT": 2}
+        low.update(run=self.run_tool, time=Clock(), HOSTNAME_FILE=os.devnull, ROUTE_FILE=os.devnull)
+        low.update(store_hostname=lambda name: None)
         script = mock.patch.multiple(azure_provision, **low)
         with script, mock.patch.object(os, "write", self.write):
             yield

@@ -15,7 +15,7 @@ import unittest
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence
 
-from azure_provision import AZURE_CHASSIS_ASSET_TAG, CHASSIS_ASSET_TAG_FILE, UNIT
+from azure_provision import AZURE_CHASSIS_ASSET_TAG, CHASSIS_ASSET_TAG_FILE, UNIT, WIRESERVER
 from tests.boot.host import CACHE, RUN, command, missing, number, remove_tree, undo_at_exit
 from tests.boot.network import HOST_INTERFACE, Namespace
 from tests.harness import INSTALLER
@@ -23,10 +23,19 @@ from tests.harness import INSTALLER
 SUITE = os.environ.get("BOOT_SUITE", "bookworm")
 
 PLAIN = ["systemd", "systemd-sysv", "python3", "iproute2"]
+DBUS = [*PLAIN, "dbus", "libpam-systemd"]
+BROKER = [*PLAIN, "dbus-broker", "libpam-systemd"]
 PACKAGES = {
-    "plain": [*PLAIN, "dbus", "libpam-systemd", "curl"],
+    "plain": [*DBUS, "curl"],
     "no-dbus": PLAIN,
-    "network-manager": [*PLAIN, "dbus", "libpam-systemd", "network-manager"],
+    "dbus-broker": BROKER,
+    "polkit": [*DBUS, "polkitd"],
+    "resolved": [*DBUS, "systemd-resolved"],
+    "netplan": [*DBUS, "netplan.io"],
+    "network-manager": [*DBUS, "network-manager"],
+    "network-manager-polkit": [*DBUS, "network-manager", "polkitd"],
+    "network-manager-broker": [*BROKER, "network-manager"],
+    "ifupdown": [*DBUS, "ifupdown", "isc-dhcp-client"],
 }
 
 # systemd-networkd's configuration of a machine whose network is a cable.
@@ -35,8 +44,7 @@ NETWORKD = f"""\
 Name={HOST_INTERFACE}
 
 [Network]
-DHCP=ipv4
-LinkLocalAddressing=no
+DHCP=%s
 """
 
 # Ordered after everything else: tells how the boot went, and ends it at once.
@@ -53,11 +61,6 @@ WantedBy=graphical.target
 """
 REPORT_SCRIPT = f"""\
 cd /report
-# A client that was asked to publish the name may be without its address for a moment.
-for try in $(seq 100); do
-    ip -4 -brief address show | grep -q -e {HOST_INTERFACE} -e 168.63.129.16 && break
-    sleep 0.02
-done
 uname -n >hostname
 cat /etc/hostname >etc-hostname
 ip -4 -brief address show >addresses
@@ -69,6 +72,22 @@ journalctl --sync
 journalctl -b -o json --all >journal
 touch complete
 systemctl --force --force poweroff
+"""
+
+
+# Ordered after the unit and nothing else, and needs the network at once.
+NEXT_UNIT = f"""\
+[Unit]
+After={UNIT}
+
+[Service]
+Type=oneshot
+ExecStart=/bin/bash -c 'exec 3<>/dev/tcp/{WIRESERVER}/80 && echo connected'
+StandardOutput=file:/report/next
+StandardError=file:/report/next
+
+[Install]
+WantedBy=multi-user.target
 """
 
 
@@ -152,6 +171,7 @@ class Boot:
         self.hostname = self.files.get("hostname", "").strip()
         self.etc_hostname = self.files.get("etc-hostname", "").strip()
         self.enabled = self.files.get("enabled", "").strip()
+        self.next = self.files.get("next", "").strip()  # what the next unit met
 
     @property
     def entries(self) -> List[Dict[str, Any]]:
@@ -200,19 +220,20 @@ class Machine:
         if self.directory.exists():
             remove_tree(self.directory)
 
-    def write(self, path: str, text: str) -> None:
+    def write(self, path: str, text: str, mode: int = 0o644) -> None:
         """Write a file of the machine."""
         file = self.root / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+        file.chmod(mode)
 
     def enable(self, unit: str) -> None:
         """Have it start UNIT when it boots."""
         command("systemctl", f"--root={self.root}", "--quiet", "enable", unit)
 
-    def use_networkd(self) -> None:
+    def use_networkd(self, dhcp: str = "ipv4") -> None:
         """Have systemd-networkd ask for an address at the cable."""
-        self.write("etc/systemd/network/10-cable.network", NETWORKD)
+        self.write("etc/systemd/network/10-cable.network", NETWORKD % dhcp)
         self.enable("systemd-networkd.service")
 
     def asset_tag(self, tag: str) -> None:
