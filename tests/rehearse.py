@@ -30,6 +30,7 @@ from tests.vm import (
     die_with_parent,
     has_private_network,
     inspect,
+    read_footer,
     run,
 )
 
@@ -120,11 +121,15 @@ class Display:
 # How a VM can be run here.
 
 
-def find_setup(options: argparse.Namespace) -> Tuple[Setup, str]:
-    """How to run the VMs, and a line that tells it; raises VMError if it cannot be done."""
+def check_tools() -> None:
+    """Raise VMError if there is no QEMU."""
     for command, package in PACKAGES.items():
         if not shutil.which(command):
             raise VMError(f"{command} is not installed (in Debian: apt install {package})")
+
+
+def find_setup(options: argparse.Namespace) -> Tuple[Setup, str]:
+    """How to run the VMs, and a line that tells it; raises VMError if it cannot be done."""
     firmware = next((path for path in FIRMWARE if os.path.exists(path)), "")
     if options.generation == 2 and not firmware:
         raise VMError("there is no EFI firmware (in Debian: apt install ovmf)")
@@ -170,8 +175,6 @@ def kvm_problem() -> str:
 
 def check_bootable(path: Path) -> str:
     """What the image at PATH is, in words; raises VMError if nothing could boot it."""
-    if path.is_dir():
-        raise VMError(f"{path}: Is a directory")
     image = inspect(path)
     with tempfile.TemporaryDirectory(prefix="azure-vm-") as directory:
         sector = Path(directory, "sector")
@@ -355,8 +358,8 @@ def asks_dhcp(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     return FAIL, f"no DHCP request {watched(boot)}: {reason}"
 
 
-def watched(boot: Boot) -> Outcome:
-    return OK, f"within {boot.seconds:.0f} s"
+def watched(boot: Boot) -> str:
+    return f"within {boot.seconds:.0f} s"
 
 
 def requests_goal_state(boot: Boot, rehearsal: Rehearsal) -> Outcome:
@@ -435,7 +438,7 @@ def is_the_only_agent(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     return OK, agents[0] if agents else "it does not name itself"
 
 
-def agent(request: Request) -> Outcome:
+def agent(request: Request) -> str:
     """The agent that sent REQUEST, by what it calls itself or by what no other agent asks for."""
     headers = {name.lower(): value for name, value in request.headers.items()}
     for called in (headers.get("user-agent", ""), headers.get("x-ms-agent-name", "")):
@@ -571,18 +574,21 @@ def main(arguments: List[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, display.stop)
     try:
+        read_footer(options.image)
+        check_tools()
         found, setup = check_bootable(options.image), find_setup(options)
         if options.console:
             if options.console.exists() and options.console.samefile(options.image):
                 raise VMError(f"--console {options.console} is the image")
             options.console = options.console.open("w", encoding="utf-8", errors="replace")
-        display.line(f"{options.image}: {found}, generation {options.generation}; {setup[1]}")
+        image = clean(str(options.image))
+        display.line(f"{image}: {found}, generation {options.generation}; {setup[1]}")
         rehearsal = Rehearsal(options, setup[0], display)
         rehearsal.run()
         return verdict(rehearsal)
     except (OSError, VMError) as error:
         display.progress("")
-        print(clean(f"python3 -m tests.rehearse: {error}"), file=sys.stderr)
+        os.write(2, f"python3 -m tests.rehearse: {clean(str(error))}\n".encode("ascii", "replace"))
         return 2
     except StoppedError as stopped:
         display.progress("")

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -196,15 +197,7 @@ class Image(NamedTuple):
 
 def inspect(path: Path) -> Image:
     """What QEMU makes of the file at PATH; raises VMError if it is not a disk."""
-    try:
-        with open(str(path), "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 512, 0))
-            footer = file.read(512)
-    except OSError as error:
-        raise VMError(f"{path}: {error.strerror}") from None
-    if size < 512:
-        raise VMError(f"{path}: not a disk: it has {size} bytes")
+    footer = read_footer(path)
     options = "file.filename=" + str(path.resolve()).replace(",", ",,")
     if footer.startswith(b"conectix"):  # qemu-img takes a VHD of fixed size for a raw image
         # Azure goes by the size that the footer states, QEMU by its geometry, which is smaller.
@@ -214,6 +207,23 @@ def inspect(path: Path) -> Image:
         options = f"driver={json.loads(found)['format']},{options}"
     found = run("qemu-img", "info", "--force-share", "--output=json", "--image-opts", options)
     return Image(options, json.loads(found)["virtual-size"], json.loads(found)["format"])
+
+
+def read_footer(path: Path) -> bytes:
+    """The last sector of the file at PATH; raises VMError if it is not a file with one."""
+    try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+            raise VMError(f"{path}: not a disk: neither a file nor a block device")
+        with open(str(path), "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 512, 0))
+            footer = file.read(512)
+    except OSError as error:
+        raise VMError(f"{path}: {error.strerror}") from None
+    if size < 512:
+        raise VMError(f"{path}: not a disk: it has {size} bytes")
+    return footer
 
 
 def run(*command: str) -> str:
@@ -227,6 +237,7 @@ def run(*command: str) -> str:
             universal_newlines=True,
             encoding="utf-8",
             errors="replace",
+            start_new_session=True,  # Ctrl-C is for us alone
         )
     except OSError as error:
         raise VMError(f"{command[0]}: {error.strerror}") from None
@@ -475,7 +486,8 @@ class Boot:
                 request = parse_dhcp(frame, time.monotonic())
                 if request:
                     self.dhcp.append(request)
-                    self._tell("DHCP", f"{request.kind} from {request.client}: {request.name}")
+                    name = request.name or "without a name"
+                    self._tell("DHCP", f"{request.kind} {name} ({request.client})")
 
     def _read_monitor(self) -> None:
         """Read QEMU's events; the stream ends with QEMU."""

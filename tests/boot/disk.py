@@ -67,6 +67,7 @@ class Tree:
     def __init__(self, directory: Path, packages: Sequence[str] = ("python3",)) -> None:
         self.directory = directory
         self.root = directory / "root"
+        directory.mkdir(parents=True, exist_ok=True)
         original = image("disk", "bookworm", [*PACKAGES, *packages])
         command("cp", "--archive", "--reflink=auto", original, self.root)
         self.write("etc/hostname", "golden-image\n")

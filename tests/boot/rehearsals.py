@@ -1,0 +1,262 @@
+"""Whole images, built and rehearsed, with what tests.rehearse must say of each.
+
+`python3 -m unittest tests.boot.rehearsals` wants root to build the images; the rehearsals
+themselves run without any privilege. They take 10 minutes on two cores without KVM; BOOT_JOBS is
+how many run at a time (2).
+"""
+
+import os
+import re
+import subprocess
+import sys
+import unittest
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+from tests.boot import disk
+from tests.boot.disk import Tree
+from tests.boot.host import RUN, command, missing, number, remove_tree, undo_at_exit
+from tests.harness import INSTALLER, ROOT
+
+JOBS = int(os.environ.get("BOOT_JOBS", "2"))
+UNPRIVILEGED = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+
+# Of a VM that is gone; VMs of the image have others.
+BOUND_NETWORK = """\
+[Match]
+MACAddress=00:22:48:12:34:56
+
+[Network]
+DHCP=yes
+"""
+HOTPLUG = "allow-hotplug ens3\niface ens3 inet dhcp\n"
+
+CLOUD_INIT = ("python3", "cloud-init", "ifupdown", "isc-dhcp-client")
+
+
+class Case(NamedTuple):
+    """An image, and how it is rehearsed."""
+
+    prepare: Callable[[Tree], None]
+    packages: Sequence[str] = ("python3",)
+    generation: int = 1
+    mode: str = "rw"  # of the root
+    format: str = "raw"  # of qemu-img
+    options: Sequence[str] = ()
+
+
+def install(tree: Tree, *options: str) -> None:
+    command(INSTALLER, *options, DESTDIR=tree.root)
+
+
+def sound(tree: Tree) -> None:
+    tree.use_networkd()
+    install(tree)
+
+
+def bound(tree: Tree) -> None:
+    tree.use_networkd(BOUND_NETWORK)
+    install(tree)
+
+
+def not_enabled(tree: Tree) -> None:
+    tree.use_networkd()
+    install(tree, "--no-enable")
+
+
+def python_minimal(tree: Tree) -> None:
+    sound(tree)
+    names = ("python3", "python3.11", "libpython3-stdlib", "libpython3.11-stdlib")
+    command("chroot", tree.root, "dpkg", "--purge", "--force-depends", *names)
+
+
+def ifupdown(tree: Tree) -> None:
+    tree.write("etc/cloud/cloud-init.disabled", "")
+    tree.write("etc/network/interfaces.d/azure", HOTPLUG)
+    install(tree)
+
+
+def cloud_init(tree: Tree) -> None:
+    tree.write("etc/cloud/cloud.cfg.d/90-azure.cfg", "datasource_list: [ Azure ]\n")
+
+
+def two_agents(tree: Tree) -> None:
+    cloud_init(tree)
+    install(tree)
+
+
+# The longest come first.
+CASES = {
+    "cloud-init": Case(cloud_init, CLOUD_INIT),
+    "ifupdown": Case(ifupdown, CLOUD_INIT),
+    "read-only": Case(sound, mode="ro"),
+    "generation 2": Case(sound, generation=2, options=("--faults", "--name", "web")),
+    "sound": Case(sound, format="vpc"),
+    "bound": Case(bound, format="vhdx"),
+    "not enabled": Case(not_enabled, format="qcow2"),
+    "python3-minimal": Case(python_minimal),
+    "no DHCP client": Case(install),
+}
+EXTENSIONS = {"vpc": "vhd"}
+
+
+class Result(NamedTuple):
+    """What a rehearsal said."""
+
+    status: int
+    output: str
+    console: str
+    verdicts: Dict[str, Tuple[str, str]]
+
+    @property
+    def failed(self) -> List[str]:
+        return [title for title, (state, _) in self.verdicts.items() if state == "FAIL"]
+
+
+def rehearse(image: Path, *options: str) -> Result:
+    """Rehearse IMAGE without any privilege."""
+    console = image.with_name("console")
+    words = [*UNPRIVILEGED, sys.executable, "-m", "tests.rehearse", "--console", str(console)]
+    process = subprocess.Popen(
+        [*words, *options, str(image)],
+        cwd=str(ROOT),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+        encoding="utf-8",
+    )
+    _processes.append(process)
+    output = process.communicate()[0]
+    found = re.findall(r"(?m)^  (ok|FAIL|\?) +(\S(?: ?\S)*)(?:  +(.*))?$", output)
+    verdicts = {title: (state, remark) for state, title, remark in found}
+    text = console.read_text(encoding="utf-8") if console.exists() else ""
+    return Result(process.returncode, output, text, verdicts)
+
+
+def build_and_rehearse(directory: Path, case: Case) -> Result:
+    tree = Tree(directory, case.packages)
+    case.prepare(tree)
+    image = tree.disk(case.generation, case.mode)
+    if case.format != "raw":
+        raw, image = image, image.with_suffix("." + EXTENSIONS.get(case.format, case.format))
+        force = ("-o", "subformat=fixed,force_size") if case.format == "vpc" else ()
+        command("qemu-img", "convert", "-f", "raw", "-O", case.format, *force, raw, image)
+        raw.unlink()
+    image.chmod(0o444)  # without privileges even root cannot write it
+    result = rehearse(image, f"--generation={case.generation}", *case.options)
+    tree.remove()
+    return result
+
+
+_processes: List["subprocess.Popen[str]"] = []
+_results: Dict[str, "Future[Result]"] = {}
+_pool = ThreadPoolExecutor(JOBS)
+_directory = RUN / f"{os.getpid()}-{number()}"
+
+
+def setUpModule() -> None:
+    absent = [*missing(), *disk.missing()]
+    if absent:
+        raise unittest.SkipTest(f"a rehearsal needs {', '.join(absent)}")
+    undo_at_exit(lambda: remove_tree(_directory))
+    for title, case in CASES.items():
+        _results[title] = _pool.submit(build_and_rehearse, _directory / title, case)
+
+
+def tearDownModule() -> None:
+    for result in _results.values():  # those that no test asked for
+        result.cancel()
+    for process in _processes:
+        process.terminate()
+    _pool.shutdown()
+    remove_tree(_directory)
+
+
+class RehearsalTest(unittest.TestCase):
+    maxDiff = None
+
+    def result(self, title: str, status: int) -> Result:
+        """The result of a case, which must end with STATUS."""
+        result = _results[title].result()
+        self.assertEqual(result.status, status, result.output)
+        return result
+
+    def assert_verdict(self, result: Result, title: str, state: str, remark: str) -> None:
+        """The verdict TITLE is STATE, with a remark that matches REMARK."""
+        self.assertEqual(result.verdicts[title][0], state, result.output)
+        self.assertRegex(result.verdicts[title][1], remark)
+
+    def assert_sound(self, title: str) -> Result:
+        result = self.result(title, 0)
+        self.assertEqual([state for state, _ in result.verdicts.values()], ["ok"] * 9)
+        self.assertIn("\nIt will provision.\n", result.output)
+        return result
+
+    def assert_fatal(self, result: Result, title: str, remark: str) -> None:
+        """The one thing that is wrong is TITLE, and the rehearsal ends with the first VM."""
+        self.assertEqual(result.failed, [title], result.output)
+        self.assert_verdict(result, title, "FAIL", remark)
+        self.assertNotIn("VM 2", result.output)
+        self.assertIn("\nIts console ends with:\n  | ", result.output)
+        self.assertIn("\nIt will not provision.\n", result.output)
+
+    def test_sound_image_provisions(self) -> None:
+        result = self.assert_sound("sound")
+        self.assertIn("vpc, 1,024 MiB, generation 1; ", result.output)
+        self.assertIn("a private network", result.output)
+        name = "rehearsal000000, from /metadata/instance/compute"
+        self.assert_verdict(result, "takes the computer name", "ok", name)
+        self.assert_verdict(result, "asks DHCP", "ok", "by systemd-networkd$")
+        self.assert_verdict(result, "is the only agent", "ok", "custom-provisioning")
+        self.assertRegex(result.output, "DHCP +REQUEST rehearsal000001")
+        self.assertIn("Linux version", result.console)
+
+    def test_sound_image_of_generation_2_provisions_despite_faults(self) -> None:
+        result = self.assert_sound("generation 2")
+        self.assertIn("-> 503", result.output)
+        self.assert_verdict(result, "takes the computer name", "ok", "web000000")
+
+    def test_network_bound_to_a_mac_address(self) -> None:
+        result = self.result("bound", 1)
+        self.assert_fatal(result, "asks DHCP", "no DHCP request .* another MAC address")
+        self.assertIn("vhdx, ", result.output)
+
+    def test_no_dhcp_client(self) -> None:
+        result = self.result("no DHCP client", 1)
+        self.assert_fatal(result, "asks DHCP", "no DHCP request .* no DHCP client")
+
+    def test_unit_that_is_not_enabled(self) -> None:
+        result = self.result("not enabled", 1)
+        remark = "sends no request .*: the unit is not enabled"
+        self.assert_fatal(result, "requests the goal state", remark)
+
+    def test_python3_minimal(self) -> None:
+        result = self.result("python3-minimal", 1)
+        self.assert_fatal(result, "requests the goal state", "look at the console")
+        self.assertIn("ModuleNotFoundError", result.output)
+
+    def test_ifupdown(self) -> None:
+        result = self.assert_sound("ifupdown")
+        self.assert_verdict(result, "asks DHCP", "ok", "by dhclient$")
+
+    def test_read_only_root(self) -> None:
+        result = self.result("read-only", 1)
+        self.assertEqual(result.failed, ["silent after a reboot"], result.output)
+        remark = "it reported Ready again: the unit was not disabled"
+        self.assert_verdict(result, "silent after a reboot", "FAIL", remark)
+        self.assertIn("\nIt will provision, but not correctly.\n", result.output)
+
+    def test_cloud_init(self) -> None:
+        result = self.assert_sound("cloud-init")
+        self.assert_verdict(result, "is the only agent", "ok", "cloud-init")
+
+    def test_file_that_is_not_a_disk(self) -> None:
+        result = rehearse(Path(__file__))
+        self.assertEqual(result.status, 2)
+        self.assertRegex(result.output, r"\A.*: not a disk: no boot signature.*\n\Z")
+
+
+if __name__ == "__main__":
+    unittest.main()
