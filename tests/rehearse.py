@@ -54,7 +54,8 @@ PROBE_STATUS, PROBE_TIMEOUT = 33, 3  # seconds
 
 POWER_OFF_TIMEOUT = 20  # seconds; long enough for a journal of 5 s to reach the disk
 MAX_LINES = 300  # that one boot may show
-CONSOLE_LINES = 8  # that are shown with a verdict
+CONSOLE_LINES = 6  # of trouble, and of the end, that are shown with a verdict
+TROUBLE = re.compile(r"FAILED|Error\b|Kernel panic|Failed to|azure-provisioning\[")
 
 # Resources of IMDS whose answer holds the computer name.
 NAMES = ("computerName", "osProfile", "compute", "instance")
@@ -371,7 +372,7 @@ def requests_goal_state(boot: Boot, rehearsal: Rehearsal) -> Outcome:
         return FAIL, f"refused: {refused[0]}"
     if asked:
         return OK, seconds(boot, asked[0].time)
-    reason = "the unit is not enabled, or a firewall blocks it; look at the console"
+    reason = "its unit is not enabled or cannot start, or a firewall blocks it: see its console"
     reason = rehearsal.fates.get(boot) or reason
     return FAIL, f"it asks DHCP but sends no request {watched(boot)}: {reason}"
 
@@ -385,7 +386,7 @@ def reports_ready(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     if refused:
         return FAIL, f"rejected with status {refused[0].status}: {refused[0].reason}"
     if not count:
-        reason = rehearsal.fates.get(boot) or "look at the console"
+        reason = rehearsal.fates.get(boot) or "see its console"
         return FAIL, f"no Ready {watched(boot)}: {reason}"
     if count > 1:
         return FAIL, f"it reported Ready {count} times"
@@ -495,6 +496,13 @@ CHECKS: List[Tuple[str, Check]] = [
 ]
 
 
+def excerpt(lines: List[str]) -> List[str]:
+    """The lines of a console that may tell what went wrong, and its last lines."""
+    lines = [text for text in lines if text.strip()]
+    trouble = [text for text in lines[:-CONSOLE_LINES] if TROUBLE.search(text)]
+    return trouble[-CONSOLE_LINES:] + lines[-CONSOLE_LINES:]
+
+
 def verdict(rehearsal: Rehearsal) -> int:
     """Tell what came out; return the exit status."""
     boot, line = rehearsal.boots[0], rehearsal.display.line
@@ -505,8 +513,8 @@ def verdict(rehearsal: Rehearsal) -> int:
         line(f"  {state:<4}  {title:<23}  {remark}".rstrip())
     last = rehearsal.boots[-1]
     if not ready_time(last):
-        line("\nIts console ends with:")
-        for text in list(filter(None, last.console.splitlines()))[-CONSOLE_LINES:]:
+        line("\nFrom its console:")
+        for text in excerpt(last.console.splitlines()):
             line(f"  | {text:.150}")
     ready = len(rehearsal.boots) == 2 and all(map(ready_time, rehearsal.boots))
     result = "It will provision." if ready else "It will not provision."

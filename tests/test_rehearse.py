@@ -46,11 +46,13 @@ class DhcpTest(unittest.TestCase):
         self.assertEqual(self.parsed((81, wire), (12, b"web")).name, "web")
 
     def test_clients_are_told_apart(self) -> None:
-        networkd = (61, b"\xff\1\2\3\4\0\2")
+        networkd = (61, bytes.fromhex("ffb6220feb00020000ab11"))
+        dhclient = (61, bytes.fromhex("ff3a000001000100013296fb3b000d3a000001"))
         for options, client in (
             ([networkd, (55, bytes([1, 3, 12]))], "systemd-networkd"),
             ([(61, b"\1abcdef"), (55, bytes([1, 28, 249]))], "NetworkManager"),
-            ([(55, bytes([1, 28, 2]))], "dhclient"),
+            ([dhclient, (55, bytes([1, 28, 2, 3]))], "dhclient"),
+            ([(61, b"\1abcdef")], "an unknown client"),
             ([networkd, (60, b"dhcpcd-9.4.1:Linux")], "dhcpcd-9.4.1:Linux"),
         ):
             self.assertEqual(self.parsed(*options).client, client)
@@ -65,7 +67,7 @@ class DhcpTest(unittest.TestCase):
             self.assertTrue(request is None or request.kind == "REQUEST")
 
     def test_other_packets_are_ignored(self) -> None:
-        for other in (b"", bytes(60), frame(kind=0), frame(kind=99), b"\xff" * 400):
+        for other in (b"", bytes(60), frame(kind=0), frame(kind=5), frame(kind=7), b"\xff" * 400):
             self.assertIsNone(parse_dhcp(other))
 
 
@@ -155,7 +157,7 @@ class VerdictTest(unittest.TestCase):
     def test_no_request(self) -> None:
         ((title, remark),) = self.failed([FakeBoot("golden")]).items()
         self.assertEqual(title, "requests the goal state")
-        self.assertIn("the unit is not enabled, or a firewall blocks it", remark)
+        self.assertIn("its unit is not enabled or cannot start, or a firewall blocks it", remark)
 
     def test_rejected_report_says_why(self) -> None:
         boot = FakeBoot("golden", "goalstate 200\nhealth 400 not this VM's ContainerId")

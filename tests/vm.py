@@ -114,20 +114,20 @@ def has_private_network() -> bool:
 
 
 class DhcpRequest(NamedTuple):
-    """A message of a DHCP client: RFC 2131, RFC 2132, RFC 4702."""
+    """What a DHCP client asks: RFC 2131, RFC 2132, RFC 4702."""
 
     time: float
-    kind: str  # "DISCOVER", "REQUEST" and so on
+    kind: str  # "DISCOVER", "REQUEST" or "INFORM"
     mac: str
     name: str  # option 12, or else 81; empty if there is neither
     client: str  # what the options look like: "systemd-networkd"
 
 
-KINDS = ("DISCOVER", "OFFER", "REQUEST", "DECLINE", "ACK", "NAK", "RELEASE", "INFORM")
+KINDS = {b"\1": "DISCOVER", b"\3": "REQUEST", b"\x08": "INFORM"}  # option 53
 
 
 def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
-    """The DHCP message of a client in an Ethernet frame; None if there is none."""
+    """What a DHCP client asks in an Ethernet frame; None if it is something else."""
     if len(frame) < 34 or frame[12:14] != b"\x08\x00" or frame[23] != socket.IPPROTO_UDP:
         return None
     udp = 14 + 4 * (frame[14] & 15)
@@ -143,12 +143,12 @@ def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
         length = message[position + 1]
         options[message[position]] = message[position + 2 : position + 2 + length]
         position += 2 + length
-    kind = options.get(53, b"")[:1]
-    if not kind or not 1 <= kind[0] <= len(KINDS):
+    kind = KINDS.get(options.get(53, b""))
+    if not kind:
         return None
     mac = ":".join(f"{byte:02x}" for byte in message[28:34])
     name = options.get(12, b"") or fqdn(options.get(81, b""))
-    return DhcpRequest(at, KINDS[kind[0] - 1], mac, clean(name), dhcp_client(options))
+    return DhcpRequest(at, kind, mac, clean(name), dhcp_client(options))
 
 
 def fqdn(option: bytes) -> bytes:
@@ -163,13 +163,15 @@ def fqdn(option: bytes) -> bytes:
 
 
 def dhcp_client(options: Dict[int, bytes]) -> str:
-    """Which DHCP client sends such options."""
-    vendor, identifier = clean(options.get(60, b"")), options.get(61, b"")
-    if vendor:
-        return vendor
-    if identifier[:1] == b"\xff":
+    """Which DHCP client sends such options, as far as they tell: some send their name (60)."""
+    wanted = options.get(55, b"")
+    if options.get(60):
+        return clean(options[60])
+    if options.get(61, b"")[5:11] == b"\0\2\0\0\xab\x11":  # systemd's enterprise number
         return "systemd-networkd"
-    return "NetworkManager" if 249 in options.get(55, b"") else "dhclient"
+    if 249 in wanted:
+        return "NetworkManager"
+    return "dhclient" if wanted.startswith(b"\x01\x1c\x02") else "an unknown client"
 
 
 # The console.
