@@ -190,7 +190,7 @@ def check_bootable(path: Path) -> str:
 
 def add_faults(azure: FakeAzure) -> None:
     """Have the platform be absent, then reject, then recover."""
-    azure.script("goalstate", [*[Reset() for _ in range(5)], Status(503), Status(429)])
+    azure.script("goalstate", [*[Reset() for _ in range(8)], Status(503), Status(429)])
     azure.script("health", [Status(500), Status(503)])
     for resource in NAMES:
         azure.script(resource, [Reset(), Status(404), Status(429), Status(503)])
@@ -206,13 +206,14 @@ class Rehearsal:
         self.options, self.setup, self.display = options, setup, display
         self.boots: List[Boot] = []  # the first boot of each VM
         self.reboot: Optional[Boot] = None  # the second boot of the second VM
-        self.fates: Dict[Boot, str] = {}  # of a VM that turned itself off
+        self.fates: Dict[Boot, str] = {}  # why a VM ended early
         self._lines = 0
         self._started = 0.0
 
     def run(self) -> None:
         """Boot two VMs, and the second one again; stop where that could tell nothing more."""
         for number in range(2):
+            self.display.tick()
             setup, name = self.setup, self.options.name
             with VM(self.options.image, setup, number, name, self.show) as vm:
                 if self.options.faults:
@@ -255,13 +256,15 @@ class Rehearsal:
         while True:
             now = time.monotonic()
             remaining = min(deadline(boot), latest) - now
-            if remaining <= 0 or boot.off.is_set():
+            if remaining <= 0 or boot.off.is_set() or boot.panic:
                 break
             self.display.tick()
             self.display.progress(f"{now - boot.started:7.0f} s  {self._title}: {awaited(boot)}")
             boot.wait_for_change(min(remaining, 0.5))
         self.display.progress("")
-        if boot.off.is_set():
+        if boot.panic:
+            self.fates[boot] = boot.panic
+        elif boot.off.is_set():
             boot.check()
             self.fates[boot] = f"the VM turned itself off {seconds(boot, time.monotonic())}"
 
@@ -349,13 +352,14 @@ NOT_REACHED = (UNKNOWN, "the rehearsal did not get that far")
 def asks_dhcp(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     if boot.dhcp:
         return OK, f"{seconds(boot, boot.dhcp[0].time)}, by {boot.dhcp[0].client}"
-    reason = rehearsal.fates.get(boot) or (
+    reason = (
         "there is no DHCP client, or its configuration is bound to another MAC address or "
         "interface name"
     )
     if not boot.console.strip():
         generation = 3 - rehearsal.setup.generation
         reason = f"the console is silent, too: does it boot? try --generation {generation}"
+    reason = rehearsal.fates.get(boot, reason)
     return FAIL, f"no DHCP request {watched(boot)}: {reason}"
 
 
@@ -373,7 +377,7 @@ def requests_goal_state(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     if asked:
         return OK, seconds(boot, asked[0].time)
     reason = "its unit is not enabled or cannot start, or a firewall blocks it: see its console"
-    reason = rehearsal.fates.get(boot) or reason
+    reason = rehearsal.fates.get(boot, reason)
     return FAIL, f"it asks DHCP but sends no request {watched(boot)}: {reason}"
 
 
@@ -386,7 +390,7 @@ def reports_ready(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     if refused:
         return FAIL, f"rejected with status {refused[0].status}: {refused[0].reason}"
     if not count:
-        reason = rehearsal.fates.get(boot) or "see its console"
+        reason = rehearsal.fates.get(boot, "see its console")
         return FAIL, f"no Ready {watched(boot)}: {reason}"
     if count > 1:
         return FAIL, f"it reported Ready {count} times"
@@ -512,7 +516,7 @@ def verdict(rehearsal: Rehearsal) -> int:
     for title, state, remark in outcomes:
         line(f"  {state:<4}  {title:<23}  {remark}".rstrip())
     last = rehearsal.boots[-1]
-    if not ready_time(last):
+    if not ready_time(last) and last.console.strip():
         line("\nFrom its console:")
         for text in excerpt(last.console.splitlines()):
             line(f"  | {text:.150}")
@@ -596,7 +600,8 @@ def main(arguments: List[str]) -> int:
         return verdict(rehearsal)
     except (OSError, VMError) as error:
         display.progress("")
-        os.write(2, f"python3 -m tests.rehearse: {clean(str(error))}\n".encode("ascii", "replace"))
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        os.write(2, f"python3 -m tests.rehearse: {clean(reason)}\n".encode("ascii", "replace"))
         return 2
     except StoppedError as stopped:
         display.progress("")

@@ -105,7 +105,9 @@ def die_with_parent() -> None:
 def has_private_network() -> bool:
     """Whether this user may have a network namespace."""
     try:
-        return subprocess.call([sys.executable, "-c", ""], preexec_fn=enter_private_network) == 0
+        command = [sys.executable, "-I", "-S", "-c", ""]
+        subprocess.check_call(command, preexec_fn=enter_private_network, start_new_session=True)
+        return True
     except subprocess.SubprocessError:
         return False
 
@@ -356,6 +358,7 @@ class Boot:
         self.lines: List[str] = []  # of the console, without control characters
         self.prompt_time = 0.0  # when the console last asked for a login; 0 if it did not
         self.seconds = 0.0  # that the power was on, once it is off
+        self.panic = ""  # the line of a kernel panic
         self.dhcp: List[DhcpRequest] = []
         self.off = threading.Event()
         self.resets = 0  # how often the guest rebooted itself
@@ -475,6 +478,8 @@ class Boot:
                 *lines, self._rest = (self._rest + decoder.decode(block)).split("\n")
                 for line in lines:
                     self.lines.append(clean(line.rstrip("\r")))
+                    if "Kernel panic" in line:
+                        self.panic = self.lines[-1]
                     self._tell("console", self.lines[-1])
                 if self._rest.rstrip().endswith("login:"):
                     self.prompt_time = time.monotonic()
