@@ -292,10 +292,10 @@ def is_ready(request: Request) -> bool:
     return accepted and b">Ready<" in request.body
 
 
-def is_named(boot: Boot) -> bool:
-    """Whether it has asked DHCP with the computer name."""
+def named_time(boot: Boot) -> float:
+    """When it asked DHCP with the computer name; 0 if it did not."""
     name = str(boot.vm.azure.computer_name).lower()
-    return any(request.name.lower().split(".")[0] == name for request in boot.dhcp)
+    return next((r.time for r in boot.dhcp if r.name.lower().split(".")[0] == name), 0)
 
 
 def last_event(boot: Boot) -> float:
@@ -310,7 +310,7 @@ def last_event(boot: Boot) -> float:
 def first_deadline(boot: Boot) -> float:
     """Until when a first boot is worth watching, on the clock."""
     ready, last = ready_time(boot), last_event(boot)
-    if ready and is_named(boot):
+    if ready and named_time(boot):
         return last + max(5, (ready - boot.started) / 4)
     if ready:
         return last + max(10, ready - boot.started)
@@ -323,7 +323,7 @@ def second_deadline(boot: Boot) -> float:
     """Until when a second boot is worth watching, on the clock."""
     if ready_time(boot):
         return ready_time(boot)
-    if is_named(boot) or boot.prompt_time:
+    if named_time(boot) or boot.prompt_time:
         last = last_event(boot)
         return last + max(10, (last - boot.started) / 2)
     return math.inf
@@ -334,7 +334,7 @@ def awaited(boot: Boot) -> str:
     if not boot.dhcp:
         return "waiting for a DHCP request"
     if ready_time(boot):
-        return "waiting for more" if is_named(boot) else "waiting for its name in DHCP"
+        return "waiting for more" if named_time(boot) else "waiting for its name in DHCP"
     return "waiting for Ready" if boot.requests else "waiting for a request to Azure"
 
 
@@ -354,7 +354,7 @@ def asks_dhcp(boot: Boot, rehearsal: Rehearsal) -> Outcome:
         return OK, f"{seconds(boot, boot.dhcp[0].time)}, by {boot.dhcp[0].client}"
     reason = (
         "there is no DHCP client, or its configuration is bound to another MAC address or "
-        "interface name"
+        "interface name (eth0 on Azure, not here)"
     )
     if not boot.console.strip():
         generation = 3 - rehearsal.setup.generation
@@ -415,15 +415,13 @@ def takes_computer_name(boot: Boot, rehearsal: Rehearsal) -> Outcome:
 
 
 def publishes_name(boot: Boot, rehearsal: Rehearsal) -> Outcome:
-    name = str(boot.vm.azure.computer_name)
-    if is_named(boot):
-        at = next(request.time for request in boot.dhcp if name in request.name)
-        return OK, seconds(boot, at)
+    if named_time(boot):
+        return OK, seconds(boot, named_time(boot))
     if not rehearsal.reboot or not boot.dhcp:
         return NOT_REACHED
     last = boot.dhcp[-1]
     client = f"its DHCP client seems to be {last.client}"
-    if is_named(rehearsal.reboot):
+    if named_time(rehearsal.reboot):
         return FAIL, f"only after a reboot; {client}, which still sent {last.name!r}"
     return FAIL, f"not even after a reboot; {client}, which sent {last.name!r}"
 
@@ -473,7 +471,7 @@ def is_silent_after_a_reboot(boot: Boot, rehearsal: Rehearsal) -> Outcome:
         return FAIL, "it reported Ready again: the unit was not disabled (a read-only root?)"
     if not reboot.dhcp:
         return FAIL, f"no DHCP request {watched(reboot)}"
-    if not is_named(reboot):
+    if not named_time(reboot):
         name = str(reboot.vm.azure.computer_name)
         return FAIL, f"it asks DHCP with the name {reboot.dhcp[-1].name!r}, not {name!r}"
     asked = [request for request in reboot.requests if request.path.startswith("/metadata/")]
