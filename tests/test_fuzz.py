@@ -30,6 +30,15 @@ METADATA = b'{"name": "vm", "osProfile": {"computerName": "%s"}}'
 GOOD_STATE = GOAL_STATE.format(
     version="2012-11-30", incarnation="1", container_id="c-1", instance_id="i-1"
 ).encode()
+IDS = [
+    b"a\nb",
+    b"\n&lt;0>forged",
+    b"a&#13;b",
+    b"\xe2\x80\xa8",
+    b"&amp;",
+    b"x" * 20000,
+    b"\xc2\x85x",
+]
 
 TOKENS = [
     *(b"\r\n", b"\n", b"\r", b"\0", b"\xff", b"\xfe\xff", b"\xe2\x80\xa8", b"\xc2\x85", b"\x1b[2J"),
@@ -142,7 +151,8 @@ class Case:
         left = self.left.setdefault(resource, pick.choice([0, 0, 1, 1, 2]))
         self.left[resource] = left - 1
         metadata = METADATA % (NAME.encode() if pick.random() < 0.8 else pick.choice(NAMES))
-        good = {"goalstate": GOOD_STATE, "health": b""}.get(resource, metadata)
+        state = GOOD_STATE if pick.random() < 0.8 else GOOD_STATE.replace(b"c-1", pick.choice(IDS))
+        good = {"goalstate": state, "health": b""}.get(resource, metadata)
         if left <= 0 and self.recovers:
             good = METADATA % NAME.encode() if resource == "compute" else good
             return "send", http(b"200 OK", [b"Content-Length: %d" % len(good)], good)
