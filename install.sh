@@ -227,9 +227,10 @@ first_boot() {
 
 # Whether UNIT starts at boot: by a link, or by a preset that the first boot applies.
 enabled() {
-    if empty "etc/systemd/system/$1"; then return 1; fi
-    any $(systemd "system/*.wants/$1" "system/*.requires/$1") ||
-        { first_boot && has "^enable[[:space:]]+$1" $(systemd 'system-preset/*.preset'); }
+    for wanted in $(systemd "system/*.wants/$1" "system/*.requires/$1"); do
+        if exists "$wanted" && ! empty "etc/systemd/system/${wanted##*/}"; then return 0; fi
+    done
+    first_boot && has "^enable[[:space:]]+$1" $(systemd 'system-preset/*.preset')
 }
 
 mac_addresses() {
