@@ -215,13 +215,15 @@ class InstallTest(unittest.TestCase):
 
     def files(self, root: Optional[Path] = None) -> Dict[str, Tuple[int, str]]:
         """Every file and link of the tree: its mode, and what is in it or where it leads."""
+        root = root or self.tree
         found = {}
-        for path in sorted((root or self.tree).rglob("*")):
-            name = str(path.relative_to(root or self.tree))
-            if path.is_symlink():
-                found[name] = (0, os.readlink(str(path)))
-            elif path.is_file():
-                found[name] = (path.stat().st_mode & 0o777, path.read_text(encoding="utf-8"))
+        for directory, directories, names in os.walk(str(root)):
+            for path in (Path(directory, name) for name in directories + names):
+                name = str(path.relative_to(root))
+                if path.is_symlink():
+                    found[name] = (0, os.readlink(str(path)))
+                elif path.is_file():
+                    found[name] = (path.stat().st_mode & 0o777, path.read_text(encoding="utf-8"))
         return found
 
     def refused(self, reason: str, *arguments: str, **environment: Any) -> None:
@@ -696,7 +698,7 @@ class UnitTest(unittest.TestCase):
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
-                    universal_newlines=True,
+                    encoding="utf-8",
                 )
                 ours = [s for s in process.stdout.splitlines() if "azure-provisioning" in s]
                 self.assertEqual(ours, [])
@@ -709,7 +711,7 @@ class UnitTest(unittest.TestCase):
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            universal_newlines=True,
+            encoding="utf-8",
         )
         if "unrecognized option" in process.stdout:
             self.skipTest("systemd-analyze cannot judge a file before systemd 250")
