@@ -183,29 +183,27 @@ check_python() {
     fi
 }
 
-# Where a network is configured.
-NETPLAN='etc/netplan/*.yaml usr/lib/netplan/*.yaml'
-NM_CONF='etc/NetworkManager/*.conf etc/NetworkManager/conf.d/* usr/lib/NetworkManager/conf.d/*'
-NM_PROFILES='etc/NetworkManager/system-connections/* usr/lib/NetworkManager/system-connections/*'
-IFCFG='etc/sysconfig/network-scripts/ifcfg-* etc/sysconfig/network/ifcfg-*'
-INTERFACES='etc/network/interfaces etc/network/interfaces.d/*'
-
-# The patterns, such as system/*.wants/x.service, in each of systemd's directories.
-systemd() {
+# Where files that match the patterns, such as systemd/network/*.network, can lie in the image.
+config() {
     for directory in etc usr/local/lib usr/lib lib; do
-        [ "$directory" = lib ] && [ -L lib ] || printf "$directory/systemd/%s\n" "$@"
+        [ "$directory" = lib ] && [ -L lib ] || printf "$directory/%s\n" "$@"
     done
 }
 
-# Print the files that have a setting that matches REGEX, in any case. Comments and indentation are
-# ignored; a setting in a section is matched as "[Section]Name=value".
+nm_conf() { config 'NetworkManager/*.conf' 'NetworkManager/conf.d/*'; }
+nm_profiles() { config 'NetworkManager/system-connections/*'; }
+IFCFG='etc/sysconfig/network-scripts/ifcfg-* etc/sysconfig/network/ifcfg-*'
+INTERFACES='etc/network/interfaces etc/network/interfaces.d/*'
+
+# Print the files that have a setting that matches REGEX, in any case. Indentation is ignored; a
+# setting in a section is matched as "[Section]Name=value".
 files_with() {
     regex=$1
     shift
     for file in "$@"; do
         resolve "/$file"
         [ -f "$DESTDIR$resolved" ] || continue
-        sed -E 's/^[[:space:]]+|[[:space:]]+$//g; /^[#;]/d; /^\[/{ h; d; }; G; s/(.*)\n(.*)/\2\1/' \
+        sed -E 's/^[[:space:]]+|[[:space:]]+$//g; /^\[/{ h; d; }; G; s/(.*)\n(.*)/\2\1/' \
             "$DESTDIR$resolved" | grep -Eiq -e "$regex" && printf '/%s\n' "$file"
     done
     :
@@ -227,20 +225,20 @@ first_boot() {
 
 # Whether UNIT starts at boot: by a link, or by a preset that the first boot applies.
 enabled() {
-    for wanted in $(systemd "system/*.wants/$1" "system/*.requires/$1"); do
+    for wanted in $(config "systemd/system/*.wants/$1" "systemd/system/*.requires/$1"); do
         if exists "$wanted" && ! empty "etc/systemd/system/${wanted##*/}"; then return 0; fi
     done
-    first_boot && has "^enable[[:space:]]+$1" $(systemd 'system-preset/*.preset')
+    first_boot && has "^enable[[:space:]]+$1" $(config 'systemd/system-preset/*.preset')
 }
 
 mac_addresses() {
     mac='[0-9a-f]{2}([:-][0-9a-f]{2}){5}'
     {
-        files_with "^[^#]*macaddress[\"']?[[:space:]]*:[[:space:]]*[\"']?$mac" $NETPLAN
+        files_with "^[^#]*macaddress[\"']?[[:space:]]*:[[:space:]]*[\"']?$mac" $(config 'netplan/*.yaml')
         files_with '^\[(match|link)\](permanent)?macaddress[[:space:]]*=[[:space:]]*[0-9a-f]' \
-            $(systemd 'network/*.network' 'network/*.network.d/*' 'network/*.link' 'network/*.link.d/*')
-        files_with "^\[[^]]*\](.*\.)?(cloned-)?mac-address[[:space:]]*=[[:space:]]*$mac" \
-            $NM_CONF $NM_PROFILES
+            $(config 'systemd/network/*.network' 'systemd/network/*.link' 'systemd/network/*.d/*.conf')
+        files_with "^\[[^]]*\]([a-z0-9-]+\.)?(cloned-)?mac-address[[:space:]]*=[[:space:]]*$mac" \
+            $(nm_conf) $(nm_profiles)
         files_with "^(hwaddr|macaddr|lladdr)=[\"']?$mac" $IFCFG
         files_with "^(hwaddress|auto|allow-[a-z]+|iface|rename)[[:space:]].*$mac" $INTERFACES
         files_with "^[^#]*attrs?\{address\}==\"$mac\"" etc/udev/rules.d/*.rules
@@ -251,15 +249,15 @@ dhcp_client() {
     dhcp='^\[network\]dhcp[[:space:]]*=[[:space:]]*(y|t|on|1|both|ipv4|v4)'
     bootproto="^bootproto=[\"']?dhcp"
     if enabled systemd-networkd.service &&
-        files_with "$dhcp" $(systemd 'network/*.network' 'network/*.network.d/*') |
+        files_with "$dhcp" $(config 'systemd/network/*.network' 'systemd/network/*.network.d/*.conf') |
         grep -qv /80-container-; then return; fi
     # netplan's generator enables systemd-networkd
-    if any $(systemd system-generators/netplan) &&
-        has "^[^#]*dhcp4[\"']?[[:space:]]*:[[:space:]]*(true|yes|on)" $NETPLAN; then return; fi
+    if any $(config systemd/system-generators/netplan) &&
+        has "^[^#]*dhcp4[\"']?[[:space:]]*:[[:space:]]*(true|yes|on)" $(config 'netplan/*.yaml'); then return; fi
     # NetworkManager asks on every interface unless told otherwise
     if enabled NetworkManager.service &&
-        { ! has '^\[main\]no-auto-default[[:space:]]*=.*\*' $NM_CONF ||
-            has '^\[ipv4\]method[[:space:]]*=[[:space:]]*auto' $NM_PROFILES ||
+        { ! has '^\[main\]no-auto-default[[:space:]]*=.*\*' $(nm_conf) ||
+            has '^\[ipv4\]method[[:space:]]*=[[:space:]]*auto' $(nm_profiles) ||
             has "$bootproto" $IFCFG; }; then return; fi
     if enabled networking.service &&
         has '^iface.*inet[[:space:]]+dhcp' $INTERFACES; then return; fi
@@ -297,7 +295,7 @@ host_keys() {
     fi
     any usr/sbin/sshd usr/bin/sshd || return 0
     makers=$(grep -Els '^([^#;=]*|Exec.*)(ssh-keygen|sshd-keygen|sshd-gen-keys|openssh-server)' \
-        $(systemd 'system/*.service' 'system/*.service.d/*.conf') || :)
+        $(config 'systemd/system/*.service' 'systemd/system/*.service.d/*.conf') || :)
     if [ -z "$makers" ]; then
         echo "/$file has nothing that creates its host keys: add a unit that runs ssh-keygen -A before it"
     elif ! first_boot && ! grep -L '^ConditionFirstBoot=yes' $makers | grep -q .; then
@@ -341,7 +339,7 @@ reload() {
 
 roll_back() {
     rm -f "$DESTDIR$script.new" "$DESTDIR$unit.new" "$DESTDIR$preset.new"
-    [ "$fresh" = yes ] || die "failed: the earlier installation is still there"
+    [ "$fresh" = yes ] || die "failed: the earlier installation was not removed"
     remove
     die "failed: nothing was installed"
 }
@@ -382,7 +380,7 @@ for argument in "$@"; do
     case $argument in
         --check) action=check ;;
         --no-enable) enable=no ;;
-        --uninstall) action=uninstall ;;
+        --uninstall) [ "$action" = check ] || action=uninstall ;;
         --help | -h)
             usage
             exit 0

@@ -29,6 +29,7 @@ UNSOUND = (
     ("etc/netplan/50-cloud-init.yaml", f"  match:\n    macaddress: {MAC}\n", MAC_FIX),
     ("etc/netplan/flow.yaml", f"{{match: {{'macaddress': \"{MAC}\"}}}}\n", MAC_FIX),
     ("usr/lib/netplan/a.yaml", f"macaddress: '{MAC}'\n", MAC_FIX),
+    ("lib/netplan/a.yaml", f"  macaddress: {MAC}\n", MAC_FIX),
     ("etc/systemd/network/a.network", f"[Match]\nName=a\nMACAddress = {MAC}\n", MAC_FIX),
     ("etc/systemd/network/a.network", "[Match]\nPermanentMACAddress=0022.48aa.bbcc", MAC_FIX),
     ("etc/systemd/network/80-dhcp.network.d/a.conf", f"[Match]\nMACAddress={MAC}", MAC_FIX),
@@ -82,6 +83,7 @@ SOUND = (
         f"[ethernet]\n#mac-address={MAC}\ncloned-mac-address=stable\nmac-address-denylist={MAC}\n",
     ),
     ("etc/NetworkManager/conf.d/a.conf", f"[keyfile]\nunmanaged-devices=mac:{MAC}\n"),
+    ("etc/NetworkManager/conf.d/a.conf", f"[connection]\n#ethernet.mac-address={MAC}\n"),
     ("etc/sysconfig/network-scripts/ifcfg-eth0", f"#HWADDR={MAC}\nDEVICE=eth0\n"),
     ("etc/network/interfaces", f"#hwaddress {MAC}\nup arp -s 10.0.0.1 {MAC}\n"),
     ("etc/udev/rules.d/a.rules", 'SUBSYSTEM=="net", ATTR{address}=="00:0d:3a:*", NAME="a"\n'),
@@ -303,6 +305,18 @@ class InstallTest(unittest.TestCase):
         self.write("etc/machine-id", "uninitialized\n")
         self.assert_sound()
 
+    def test_check_with_another_option_changes_nothing(self) -> None:
+        self.install()
+        before = self.files()
+        for arguments in (("--check", "--uninstall"), ("--uninstall", "--check")):
+            self.assertEqual(self.install(*arguments)[0], 0)
+            self.assertEqual(self.files(), before)
+
+    def test_merged_usr_is_looked_at_once(self) -> None:
+        self.write("lib", "-> usr/lib")
+        self.write("usr/lib/NetworkManager/conf.d/a.conf", f"[ethernet]\nmac-address={MAC}\n")
+        self.assert_unsound("/usr/lib/NetworkManager/conf.d/a.conf names a MAC address")
+
     def test_check_finds_a_unit_that_a_provisioned_vm_disabled(self) -> None:
         self.install()
         self.assert_sound()
@@ -475,7 +489,7 @@ class InstallTest(unittest.TestCase):
                 before = self.files()
                 status, _, errors = self.install(preexec_fn=full_disk)
                 self.assertEqual((status, self.files()), (1, before))
-                self.assertIn("the earlier installation is still there", errors)
+                self.assertIn("the earlier installation was not removed", errors)
 
     def test_refuses_to_install_live_without_root(self) -> None:
         self.tool("id", "echo 1000")
