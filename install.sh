@@ -47,18 +47,10 @@ die() {
     exit "${2:-1}"
 }
 
-warn() {
-    printf 'install.sh: warning: %s\n' "$1" >&2
-}
-
+# Whether one of the files exists, if only as a symlink. Sets $file to it.
 exists() {
-    [ -e "$1" ] || [ -L "$1" ]
-}
-
-# Whether one of the files exists.
-any() {
     for file in "$@"; do
-        ! exists "$file" || return 0
+        if [ -e "$file" ] || [ -L "$file" ]; then return 0; fi
     done
     return 1
 }
@@ -123,7 +115,7 @@ check_targets() {
         resolve "$directory"
         real=$(readlink -f "$DESTDIR${directory:-/}" || :)
         [ "${real%/}" = "$DESTDIR$resolved" ] ||
-            die "$directory is, or is behind, a symlink that leads out of DESTDIR: make it relative"
+            die "$directory leads out of DESTDIR through a symlink: make the link relative"
         [ -d "$real" ] || die "$directory is not a directory"
     done
 }
@@ -177,9 +169,9 @@ check_python() {
     case $status:$answer in "0:$SCRIPT "*) return ;; esac
     # from chroot(1): it is not permitted, or the program is for another architecture
     if [ -n "$DESTDIR" ] && { [ "$status" -eq 125 ] || [ "$status" -eq 126 ]; }; then
-        warn "cannot run the image's $PYTHON here, so it is not checked: $answer"
+        echo "install.sh: warning: cannot run the image's $PYTHON here, so it was not checked: $answer" >&2
     else
-        die "$PYTHON cannot run the script, which needs all of Python 3.6 or newer: $answer"
+        die "$PYTHON cannot run the script, which needs Python 3.6 or newer and all of its library: $answer"
     fi
 }
 
@@ -242,7 +234,7 @@ mac_addresses() {
         files_with "^(hwaddr|macaddr|lladdr)=[\"']?$mac" $IFCFG
         files_with "^(hwaddress|auto|allow-[a-z]+|iface|rename)[[:space:]].*$mac" $INTERFACES
         files_with "^[^#]*attrs?\{address\}==\"$mac\"" etc/udev/rules.d/*.rules
-    } | sed 's/$/ names a MAC address, and each VM has another: match by name or driver, or delete it/'
+    } | sed 's/$/ is bound to a MAC address that no VM of the image has: match by name or driver, or delete it/'
 }
 
 dhcp_client() {
@@ -252,7 +244,7 @@ dhcp_client() {
         files_with "$dhcp" $(config 'systemd/network/*.network' 'systemd/network/*.network.d/*.conf') |
         grep -qv /80-container-; then return; fi
     # netplan's generator enables systemd-networkd
-    if any $(config systemd/system-generators/netplan) &&
+    if exists $(config systemd/system-generators/netplan) &&
         has "^[^#]*dhcp4[\"']?[[:space:]]*:[[:space:]]*(true|yes|on)" $(config 'netplan/*.yaml'); then return; fi
     # NetworkManager asks on every interface unless told otherwise
     if enabled NetworkManager.service &&
@@ -262,11 +254,11 @@ dhcp_client() {
     if enabled networking.service &&
         has '^iface.*inet[[:space:]]+dhcp' $INTERFACES; then return; fi
     # SUSE's wicked, and the init script of RHEL 7
-    if { enabled wicked.service || any etc/rc3.d/S*network; } && has "$bootproto" $IFCFG; then return; fi
+    if { enabled wicked.service || exists etc/rc3.d/S*network; } && has "$bootproto" $IFCFG; then return; fi
     for client in 'dhcpcd*' 'dhclient*' 'udhcpc*' connman; do
         if enabled "$client.service"; then return; fi
     done
-    echo "no DHCP client is enabled and configured: enable one, such as systemd-networkd" \
+    echo "no DHCP client is enabled and configured: enable one, for example systemd-networkd" \
         "with DHCP=yes in /etc/systemd/network/80-dhcp.network"
 }
 
@@ -277,7 +269,7 @@ other_agents() {
             for switch in $off; do
                 if empty "$switch"; then continue 3; fi
             done
-            echo "/$file reports to Azure too: remove its package, or $fix"
+            echo "/$file also reports to Azure: remove its package, or $fix"
             break
         done
     done <<EOF
@@ -290,27 +282,27 @@ EOF
 
 host_keys() {
     # A live machine needs its keys until it is captured.
-    if [ -n "$DESTDIR" ] && any etc/ssh/ssh_host_*_key; then
-        echo "/$file would be in every VM: rm -f /etc/ssh/ssh_host_*"
+    if [ -n "$DESTDIR" ] && exists etc/ssh/ssh_host_*_key; then
+        echo "/$file would be shared by all VMs: rm -f /etc/ssh/ssh_host_*"
     fi
-    any usr/sbin/sshd usr/bin/sshd || return 0
+    exists usr/sbin/sshd usr/bin/sshd || return 0
     makers=$(grep -Els '^([^#;=]*|Exec.*)(ssh-keygen|sshd-keygen|sshd-gen-keys|openssh-server)' \
         $(config 'systemd/system/*.service' 'systemd/system/*.service.d/*.conf') || :)
     if [ -z "$makers" ]; then
-        echo "/$file has nothing that creates its host keys: add a unit that runs ssh-keygen -A before it"
+        echo "/$file has no host keys in a VM, as nothing creates them: add a unit that runs ssh-keygen -A before it"
     elif ! first_boot && ! grep -L '^ConditionFirstBoot=yes' $makers | grep -q .; then
-        echo "/${makers%%[[:space:]]*} creates SSH host keys only if /etc/machine-id is \"uninitialized\":" \
-            "add a unit that runs ssh-keygen -A, or write that word"
+        echo "/${makers%%[[:space:]]*} creates SSH host keys only if /etc/machine-id is missing or" \
+            "\"uninitialized\": write that word to it, or add a unit that always runs ssh-keygen -A"
     fi
 }
 
 machine_id() {
     if [ -n "$DESTDIR" ] && [ -s etc/machine-id ] && ! first_boot; then
-        echo "/etc/machine-id would be the same in every VM: truncate -s 0 /etc/machine-id"
+        echo "/etc/machine-id would be shared by all VMs: truncate -s 0 /etc/machine-id"
     fi
-    # systemd takes this one if the other is empty
+    # systemd copies it if /etc/machine-id is empty
     if [ ! -L var/lib/dbus/machine-id ] && [ -s var/lib/dbus/machine-id ]; then
-        echo "/var/lib/dbus/machine-id would be the same in every VM: make it a link to /etc/machine-id"
+        echo "/var/lib/dbus/machine-id would be shared by all VMs: replace it with a link to /etc/machine-id"
     fi
 }
 

@@ -21,8 +21,8 @@ UNIT_PATH = "etc/systemd/system/azure-provisioning.service"
 WANTS = "etc/systemd/system/multi-user.target.wants/"
 
 MAC = "00:22:48:AA:bb:cc"
-MAC_FIX = "names a MAC address, and each VM has another: match by name or driver, or delete it"
-KEYGEN_FIX = "has nothing that creates its host keys: add a unit that runs ssh-keygen -A before it"
+MAC_FIX = "is bound to a MAC address that no VM of the image has: match by name or driver, or"
+KEYGEN_FIX = "has no host keys in a VM, as nothing creates them: add a unit that runs ssh-keygen -A"
 
 # A file (or a link, "-> target") that makes an image unsound, and what is said about it.
 UNSOUND = (
@@ -57,15 +57,15 @@ UNSOUND = (
     (
         "usr/bin/cloud-init",
         "",
-        "reports to Azure too: remove its package, or touch /etc/cloud/cloud-init.disabled",
+        "also reports to Azure: remove its package, or touch /etc/cloud/cloud-init.disabled",
     ),
-    ("usr/sbin/waagent", "", "reports to Azure too: remove its package, or mask its unit"),
-    ("usr/local/bin/azure-init", "", "reports to Azure too: remove its package"),
-    ("usr/bin/afterburn", "", "reports to Azure too: remove its package"),
-    ("etc/ssh/ssh_host_ed25519_key", "", "would be in every VM: rm -f /etc/ssh/ssh_host_"),
+    ("usr/sbin/waagent", "", "also reports to Azure: remove its package, or mask its unit"),
+    ("usr/local/bin/azure-init", "", "also reports to Azure: remove its package"),
+    ("usr/bin/afterburn", "", "also reports to Azure: remove its package"),
+    ("etc/ssh/ssh_host_ed25519_key", "", "would be shared by all VMs: rm -f /etc/ssh/ssh_host_"),
     ("usr/sbin/sshd", "", KEYGEN_FIX),
-    ("etc/machine-id", "0" * 32 + "\n", "would be the same in every VM: truncate -s 0"),
-    ("var/lib/dbus/machine-id", "0" * 32, "would be the same in every VM: make it a link"),
+    ("etc/machine-id", "0" * 32 + "\n", "would be shared by all VMs: truncate -s 0"),
+    ("var/lib/dbus/machine-id", "0" * 32, "would be shared by all VMs: replace it with a link"),
 )
 
 # Files that an image may have.
@@ -301,7 +301,7 @@ class InstallTest(unittest.TestCase):
         self.write("usr/sbin/sshd")
         unit = "usr/lib/systemd/system/sshd-keygen.service"  # Debian 13
         self.write(unit, "[Unit]\nConditionFirstBoot=yes\n[Service]\nExecStart=ssh-keygen -A\n")
-        self.assert_unsound(f'/{unit} creates SSH host keys only if /etc/machine-id is "uninit')
+        self.assert_unsound(f"/{unit} creates SSH host keys only if /etc/machine-id is missing or")
         self.write("etc/machine-id", "uninitialized\n")
         self.assert_sound()
 
@@ -315,7 +315,7 @@ class InstallTest(unittest.TestCase):
     def test_merged_usr_is_looked_at_once(self) -> None:
         self.write("lib", "-> usr/lib")
         self.write("usr/lib/NetworkManager/conf.d/a.conf", f"[ethernet]\nmac-address={MAC}\n")
-        self.assert_unsound("/usr/lib/NetworkManager/conf.d/a.conf names a MAC address")
+        self.assert_unsound("/usr/lib/NetworkManager/conf.d/a.conf is bound to a MAC address")
 
     def test_check_finds_a_unit_that_a_provisioned_vm_disabled(self) -> None:
         self.install()
@@ -331,7 +331,7 @@ class InstallTest(unittest.TestCase):
         self.assert_sound()
         self.write("etc/netplan/b.yaml", "-> /usr/share/b.yaml")
         self.write("usr/share/b.yaml", f"macaddress: {MAC}\n")
-        self.assert_unsound("/etc/netplan/b.yaml names a MAC address")
+        self.assert_unsound("/etc/netplan/b.yaml is bound to a MAC address")
 
     def test_installs_script_unit_preset_and_link(self) -> None:
         before = self.files()
@@ -527,7 +527,7 @@ class InstallTest(unittest.TestCase):
             ("echo GNU bash", "GNU bash"),
         ):
             self.python(action)
-            why = "which needs all of Python 3.6 or newer"
+            why = "which needs Python 3.6 or newer and all of its library"
             self.refused(f"/usr/bin/python3 cannot run the script, {why}: {reason}")
 
     def test_refuses_an_interpreter_without_a_module_of_the_script(self) -> None:
@@ -555,7 +555,9 @@ class InstallTest(unittest.TestCase):
         self.tool("chroot", "cat >/dev/null; echo 'cannot run: Exec format error' >&2; exit 126")
         status, _, errors = self.install()
         self.assertEqual(status, 0)
-        self.assertRegex(errors, r"\A.*warning: .*not checked: cannot run: Exec format error\n\Z")
+        self.assertRegex(
+            errors, r"\A.*warning: .*so it was not checked: cannot run: Exec format error\n\Z"
+        )
         self.assertIn(LINK, self.files())
 
     def test_refuses_paths_that_a_unit_cannot_take(self) -> None:
@@ -600,7 +602,7 @@ class InstallTest(unittest.TestCase):
                     shutil.rmtree(str(self.tree / link), ignore_errors=True)
                     self.write(link, f"-> {target}")
                     for option in ((), ("--no-enable",), ("--uninstall",), ("--check",)):
-                        self.refused("leads out of DESTDIR: make it relative", *option)
+                        self.refused("leads out of DESTDIR through a symlink: make", *option)
                     self.assertEqual(self.files(outside), before)
 
     def test_follows_links_that_stay_in_destdir(self) -> None:
