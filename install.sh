@@ -35,7 +35,8 @@ fail, such as a network configuration that is bound to one MAC address.
 
   DESTDIR  the root of the image                (this machine)
   PREFIX   the script goes to PREFIX/sbin       (/usr/local)
-  UNITDIR  the unit goes there                  (/etc/systemd/system)
+  UNITDIR  the unit goes there, and its preset
+           to UNITDIR-preset                    (/etc/systemd/system)
   PYTHON   the image's Python 3.6 or newer      (/usr/bin/python3)
 
 Exit status: 0 done, 1 refused or failed (--check: found a problem), 2 usage.
@@ -87,8 +88,10 @@ check_variables() {
         case $value/ in
             [!/]*) die "$name is not an absolute path: $value" ;;
             */../*) die "$name must not contain '..': $value" ;;
-            # Special in a unit, as in systemd.syntax(7) and systemd.unit(5), or in sed.
-            *[\"\'\\%\$\&\|]* | *[[:cntrl:]]*) die "$name has a character that cannot be used in a unit: $value" ;;
+            # special in a unit, as in systemd.syntax(7) and systemd.unit(5), or in sed
+            *[\"\'\\%\$\&\|]* | *[[:cntrl:]]*)
+                die "$name has a character that cannot be used in a unit: $value"
+                ;;
         esac
     done
     PREFIX=${PREFIX%/} UNITDIR=${UNITDIR%/}
@@ -128,7 +131,9 @@ check_sandbox() {
         for hidden in /home /root /run/user /tmp /var/tmp; do
             resolve "$hidden"
             case $directories in
-                *":$resolved:"*) die "$path is under $hidden, which the unit's sandbox hides: choose another place" ;;
+                *":$resolved:"*)
+                    die "$path is under $hidden, which the unit's sandbox hides: use another directory"
+                    ;;
             esac
         done
     done
@@ -251,10 +256,10 @@ dhcp_client() {
         { ! has '^\[main\]no-auto-default[[:space:]]*=.*\*' $(nm_conf) ||
             has '^\[ipv4\]method[[:space:]]*=[[:space:]]*auto' $(nm_profiles) ||
             has "$bootproto" $IFCFG; }; then return; fi
-    if enabled networking.service &&
-        has '^iface.*inet[[:space:]]+dhcp' $INTERFACES; then return; fi
+    if enabled networking.service && has '^iface.*inet[[:space:]]+dhcp' $INTERFACES; then return; fi
     # SUSE's wicked, and the init script of RHEL 7
-    if { enabled wicked.service || exists etc/rc3.d/S*network; } && has "$bootproto" $IFCFG; then return; fi
+    if { enabled wicked.service || exists etc/rc3.d/S*network; } &&
+        has "$bootproto" $IFCFG; then return; fi
     for client in 'dhcpcd*' 'dhclient*' 'udhcpc*' connman; do
         if enabled "$client.service"; then return; fi
     done
@@ -289,7 +294,8 @@ host_keys() {
     makers=$(grep -Els '^([^#;=]*|Exec.*)(ssh-keygen|sshd-keygen|sshd-gen-keys|openssh-server)' \
         $(config 'systemd/system/*.service' 'systemd/system/*.service.d/*.conf') || :)
     if [ -z "$makers" ]; then
-        echo "/$file has no host keys in a VM, as nothing creates them: add a unit that runs ssh-keygen -A before it"
+        echo "/$file has no host keys in a VM, as nothing creates them:" \
+            "add a unit that runs ssh-keygen -A before it"
     elif ! first_boot && ! grep -L '^ConditionFirstBoot=yes' $makers | grep -q .; then
         echo "/${makers%%[[:space:]]*} creates SSH host keys only if /etc/machine-id is missing or" \
             "\"uninitialized\": write that word to it, or add a unit that always runs ssh-keygen -A"
@@ -345,7 +351,8 @@ install_files() {
     trap roll_back EXIT
     trap 'exit 1' HUP INT TERM
     mkdir -p "$DESTDIR$PREFIX/sbin" "$DESTDIR$UNITDIR"
-    install -m 0755 "$here/$SCRIPT" "$DESTDIR$script.new"
+    cp "$here/$SCRIPT" "$DESTDIR$script.new"
+    chmod 0755 "$DESTDIR$script.new"
     case $PYTHON$script in *\ *) q='"' ;; *) q='' ;; esac # systemd.service(5)
     sed "s|^\(ExecStart=\)/usr/bin/python3\(.*\)/usr/local/sbin/$SCRIPT\$|\1$q$PYTHON$q\2$q$script$q|" \
         "$here/$UNIT" >"$DESTDIR$unit.new"

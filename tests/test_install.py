@@ -189,7 +189,7 @@ class InstallTest(unittest.TestCase):
         tools = self.directory / "no systemctl"
         tools.mkdir()
         for name in (
-            *("sh", "install", "mkdir", "dirname", "readlink", "id", "ln", "mv", "rm", "sed"),
+            *("sh", "cp", "chmod", "mkdir", "dirname", "readlink", "id", "ln", "mv", "rm", "sed"),
             *("grep", "tail", "cat"),
         ):
             path = shutil.which(name)
