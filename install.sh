@@ -337,16 +337,15 @@ reload() {
 
 roll_back() {
     rm -f "$DESTDIR$script.new" "$DESTDIR$unit.new" "$DESTDIR$preset.new"
-    [ "$fresh" = yes ] || die "failed: the earlier installation was not removed"
-    remove
-    die "failed: nothing was installed"
+    printf '%s' "$created" | while IFS= read -r path; do rm -f "$path"; done
+    die "failed: new files were removed, earlier ones were kept"
 }
 
 # Files get their names only when all of them are complete: the disk may be full.
 install_files() {
-    fresh=yes
-    for file in "$script" "$unit" "$preset" "$link"; do
-        if exists "$DESTDIR$file"; then fresh=no; fi
+    created=''
+    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
+        exists "$path" || created=$created$path$newline
     done
     trap roll_back EXIT
     trap 'exit 1' HUP INT TERM
@@ -373,6 +372,8 @@ install_files() {
     trap - EXIT
 }
 
+newline='
+'
 action=install
 enable=yes
 for argument in "$@"; do

@@ -477,19 +477,21 @@ class InstallTest(unittest.TestCase):
         for tool in (None, "sed", "mv", "systemctl"):
             with self.subTest(tool):
                 self.new_tree()
+                if tool == "systemctl":
+                    self.write(LINK, "-> /an/old/unit")
                 before = self.files()
                 if tool:
                     self.tool(tool, "echo no >&2; exit 1")
                 status, output, errors = self.install(preexec_fn=None if tool else full_disk)
                 self.assertEqual((status, output, self.files()), (1, "", before))
-                self.assertRegex(errors, r"(?m)^install.sh: failed: nothing was installed$")
+                self.assertRegex(errors, r"(?m)^install.sh: failed: new files were removed")
                 if tool:
                     (self.tools / tool).unlink()
                 self.install()
                 before = self.files()
                 status, _, errors = self.install(preexec_fn=full_disk)
                 self.assertEqual((status, self.files()), (1, before))
-                self.assertIn("the earlier installation was not removed", errors)
+                self.assertIn("earlier ones were kept", errors)
 
     def test_refuses_to_install_live_without_root(self) -> None:
         self.tool("id", "echo 1000")
