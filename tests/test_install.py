@@ -305,6 +305,12 @@ class InstallTest(unittest.TestCase):
         self.write("etc/machine-id", "uninitialized\n")
         self.assert_sound()
 
+    def test_unit_that_only_mentions_ssh_keygen_creates_no_keys(self) -> None:
+        self.write("usr/sbin/sshd")
+        unit = "[Unit]\n# ssh-keygen\nWants=sshd-keygen.service\n"  # as in cloud-init.service
+        self.write("usr/lib/systemd/system/a.service", unit)
+        self.assert_unsound(f"/usr/sbin/sshd {KEYGEN_FIX}")
+
     def test_check_with_another_option_changes_nothing(self) -> None:
         self.install()
         before = self.files()
@@ -495,6 +501,9 @@ class InstallTest(unittest.TestCase):
 
     def test_refuses_to_install_live_without_root(self) -> None:
         self.tool("id", "echo 1000")
+        # if it did not refuse, it would write to this machine
+        for tool in ("cp", "mkdir", "mv", "rm", "systemctl"):
+            self.tool(tool, "exit 1")
         (self.directory / "root").symlink_to("/")
         self.refused("not root", DESTDIR=None)
         self.refused("not root", DESTDIR="/")
