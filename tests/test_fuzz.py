@@ -15,6 +15,7 @@ import selectors
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -299,6 +300,7 @@ class Fuzz:
         self.commands: List[Tuple[str, ...]] = []
         self.output: List[bytes] = []
         self.ends = {0: 0, 1: 0}
+        self.hostname_file = tempfile.NamedTemporaryFile()  # noqa: SIM115
 
     def run_tool(self, *command: str, timeout: float) -> str:
         self.commands.append(command)
@@ -312,14 +314,15 @@ class Fuzz:
     def patches(self) -> Iterator[None]:
         """The script in this process, its tools recorded, its limits low."""
         low: Dict[str, Any] = {"RESPONSE_TIMEOUT": 0.02, "READY_LIMIT": 2, "HOSTNAME_LIMIT": 2}
-        low.update(run=self.run_tool, time=Clock(), HOSTNAME_FILE=os.devnull, ROUTE_FILE=os.devnull)
-        low.update(store_hostname=lambda name: None)
+        low.update(run=self.run_tool, time=Clock(), ROUTE_FILE=os.devnull)
+        low.update(HOSTNAME_FILE=self.hostname_file.name)
         script = mock.patch.multiple(azure_provision, **low)
         with script, mock.patch.object(os, "write", self.write):
             yield
 
     def close(self) -> None:
         self.server.close()
+        self.hostname_file.close()
 
     def run(self, seed: int, number: int) -> None:
         """Run one case; raises AssertionError, or whatever the script let through."""
@@ -347,6 +350,8 @@ class Fuzz:
         assert last.startswith("Provisioned as "), last
         tool, verb, name = self.commands[0]
         assert (tool, verb) == ("hostnamectl", "set-hostname") and valid(name), self.commands
+        self.hostname_file.seek(0)
+        assert self.hostname_file.read().decode() == name + "\n"
         assert self.commands[-1][:2] == ("systemctl", "disable"), self.commands
 
 

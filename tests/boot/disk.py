@@ -68,10 +68,10 @@ class Tree:
     ) -> None:
         self.directory = directory
         self.root = directory / "root"
-        kernel = KERNEL if suite == "bookworm" else ()
+        kernel = KERNEL if suite == "bookworm" else ("kmod", "udev")
         original = image("disk", suite, [*PACKAGES, *kernel, *packages])
         command("cp", "--archive", "--reflink=auto", original, self.root)
-        if not kernel:
+        if kernel != KERNEL:
             other = image("disk", "bookworm", [*PACKAGES, *KERNEL, "python3"])
             for part in ("boot", "vmlinuz", "initrd.img", "usr/lib/modules"):
                 command("cp", "--archive", "--no-target-directory", other / part, self.root / part)
