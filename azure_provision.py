@@ -1,11 +1,9 @@
 #!/usr/bin/env python3
 """Provision an Azure VM that has no provisioning agent, once, at its first boot.
 
-Report Ready to the WireServer, set the hostname that IMDS gives, publish it through DHCP, and
-disable the unit that ran this. Responses are validated; failures are retried until a deadline;
-each event is one line on standard output.
-
-The steps are defined in the order in which they run; main() at the end calls them.
+Report Ready to the WireServer, set the hostname from IMDS, publish it through DHCP, and disable
+the unit that ran this. Responses are validated; failures are retried until a deadline; each event
+is one line on standard output. The functions are in the order in which main() calls them.
 """
 
 import sys
@@ -15,6 +13,7 @@ sys.modules["ssl"] = None  # type: ignore[assignment]
 
 import argparse
 import contextlib
+import html
 import http.client
 import json
 import os
@@ -22,13 +21,14 @@ import re
 import signal
 import socket
 import struct
-import subprocess
 import time
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 from xml.etree import ElementTree
 
 __version__ = "1.1.0"
-
+T = TypeVar("T")
+Headers = Dict[str, str]
 UNIT = "azure-provisioning.service"
 
 # The platform's addresses, plain HTTP, the same in every region and cloud:
@@ -50,77 +50,63 @@ ROUTE_FILE = "/proc/self/net/route"  # proc_net(5)
 READY_LIMIT = 20 * 60  # seconds: Azure fails the VM's creation about then
 HOSTNAME_LIMIT = 5 * 60  # seconds
 RESPONSE_TIMEOUT = 10  # seconds, for connecting, one request and its whole response
-MAX_BODY = 1024 * 1024  # bytes; a goal state has some 3,000
-MAX_REASONS = 10  # lines that one wait logs, however often the reason changes
 COMMAND_TIMEOUT = 30  # seconds: hostnamectl, systemctl
+PUBLISH_TIMEOUT = 30  # seconds, until the network is back
+MAX_BODY = 1024 * 1024  # bytes; a goal state has some 3,000
 MAX_OUTPUT = 65536  # bytes that a command may print
-PUBLISH_TIMEOUT = 30  # seconds, from asking whose the interface is until the network is back
-
-RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTM_NEWADDR = 0x10, 0x40, 20  # <linux/rtnetlink.h>
+MAX_REASONS = 10  # that one wait logs, however often the reason changes
 
 # hostname(7), at most 64 characters on Linux: sethostname(2). No underscore, as in systemd's own
 # rule: hostnamectl would drop it without a word.
 LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 HOSTNAME = rf"(?=.{{1,64}}\Z){LABEL}(\.{LABEL})*\Z"
 
+RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTM_NEWADDR = 0x10, 0x40, 20  # <linux/rtnetlink.h>
+
 ERROR, WARNING, NOTICE, INFO = 3, 4, 5, 6  # sd-daemon(3)
 
-T = TypeVar("T")
 
-
-class DhcpClient(NamedTuple):
-    """How to find out whether a DHCP client manages the interface "{}", and what to do then."""
-
-    show: str  # the command that shows the interface's state
-    managed: str  # the output that means "managed and up", as a regular expression
-    publish: str  # the command that sends the DHCP request again, with the new name
-
-
-# Neither "networkctl renew" nor "networkctl forcerenew" nor "nmcli device reapply" sends the name.
-# An interface is up before networkd and NetworkManager are done with it (IPv6, dispatcher scripts):
-# it is "configuring", or in one of NetworkManager's states 40 to 90.
+# For each DHCP client: the command that shows the state of the interface {}, the output that means
+# that the client manages it, and the command that sends the DHCP request again, with the new name.
+# ("networkctl renew", "networkctl forcerenew" and "nmcli device reapply" do not send it.)
+# While IPv6 or a dispatcher script is not done, an interface that is up is "configuring", or in one
+# of NetworkManager's states 40 to 90; "100 (connected (externally))" is somebody else's.
 DHCP_CLIENTS = (
-    DhcpClient(
-        "networkctl --no-legend list {}", r" configur(ed|ing)$", "networkctl reconfigure {}"
-    ),
-    DhcpClient(
+    ("networkctl --no-legend list {}", r" configur(ed|ing)$", "networkctl reconfigure {}"),
+    (
         "nmcli -g GENERAL.STATE device show {}",
-        r"^([4-9]0 .*|100 \(connected\))$",  # not "100 (connected (externally))"
+        r"^([4-9]0 .*|100 \(connected\))$",
         "nmcli device connect {}",
     ),
-    DhcpClient(
-        "systemctl is-active ifup@{}.service", "^active$", "systemctl restart ifup@{}.service"
-    ),
-    DhcpClient("ifquery --state {}", "=", "systemctl try-restart networking.service"),
-    DhcpClient("dhcpcd -U {}", "=", "systemctl try-restart dhcpcd.service"),
+    ("systemctl is-active ifup@{}.service", "^active$", "systemctl restart ifup@{}.service"),
+    ("ifquery --state {}", "=", "systemctl try-restart networking.service"),
+    ("dhcpcd -U {}", "=", "systemctl try-restart dhcpcd.service"),
+)
+
+HEALTH_REPORT = (
+    "<Health><GoalStateIncarnation>{}</GoalStateIncarnation><Container><ContainerId>{}</ContainerId>"
+    "<RoleInstanceList><Role><InstanceId>{}</InstanceId><Health><State>Ready</State></Health></Role>"
+    "</RoleInstanceList></Container></Health>"
 )
 
 
-class ProvisioningError(Exception):
-    """An attempt or a step failed; the message says which one and why, in one line."""
-
-
 class GoalState(NamedTuple):
-    """What the WireServer says of this VM, and expects to read in its health report."""
+    """Which VM this is; the health report repeats it."""
 
     incarnation: str
     container_id: str
     instance_id: str
 
 
-class Response(NamedTuple):
-    """An HTTP response."""
-
-    status: int
-    status_line: str  # "200 OK", fit to be logged
-    body: bytes
+class ProvisioningError(Exception):
+    """What everything below raises if it fails; the message says why, in one line."""
 
 
 def log(priority: int, message: str) -> None:
-    """Print one line at once; in the journal it gets its priority, as sd-daemon(3) says."""
+    """Print one line; the journal takes its priority from a prefix: sd-daemon(3)."""
     try:
         stdout = os.fstat(1)
-        # systemd.exec(5): the variable outlives a redirection, so compare.
+        # systemd.exec(5): the variable may be left over, so compare it
         if os.environ.get("JOURNAL_STREAM") == f"{stdout.st_dev}:{stdout.st_ino}":
             message = f"<{priority}>{message}"
         os.write(1, (message + "\n").encode("ascii", "backslashreplace"))
@@ -136,10 +122,9 @@ def clean(text: str, length: int = 100) -> str:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise ProvisioningError in the block after SECONDS, whatever it is doing.
+    """Raise ProvisioningError in the block after SECONDS, whatever it is doing: setitimer(2).
 
-    One limit on a whole exchange: a socket's timeout starts again with every byte. The timer does
-    not follow the wall clock: setitimer(2).
+    Unlike the timeout of a socket, the limit does not start again with every byte.
     """
 
     def expire(*_: object) -> None:
@@ -154,55 +139,47 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def keep_trying(attempt: Callable[[], T], limit: float) -> T:
-    """Call ATTEMPT until it succeeds, and return its result. All retries are made here.
+    """Call ATTEMPT until it succeeds, for up to LIMIT seconds, and return its result.
 
-    The pause between attempts is a quarter of the time spent so far, but 0.05 to 1 s: the VM is
-    ready soon after its network is, and a long outage costs little. A reason is logged if it is not
-    the previous one. Raises ProvisioningError with the last reason after LIMIT seconds.
+    All retries are made here. The pause is a quarter of the time spent so far, but 0.05 to 1 s: the
+    VM is ready soon after its network is, and a long outage costs little.
     """
     started = time.monotonic()
-    attempts, logged, reason = 0, 0, ""
+    attempts, reasons = 0, [""]
     while True:
         attempts += 1
         try:
             result = attempt()
+            break
         except ProvisioningError as error:
-            spent = time.monotonic() - started
-            if spent >= limit:
-                failure = f"{error}; gave up after {attempts} attempts in {spent:.0f} s"
-                raise ProvisioningError(failure) from None
-            if str(error) != reason and logged < MAX_REASONS:
-                logged += 1
-                more = "" if logged < MAX_REASONS else "; further reasons are not logged"
-                log(WARNING, f"{error}; retrying for up to {limit - spent:.0f} s{more}")
             reason = str(error)
-            time.sleep(min(max(spent / 4, 0.05), 1))
-        else:
-            if attempts > 1:
-                spent = time.monotonic() - started
-                log(INFO, f"Succeeded on attempt {attempts}, after {spent:.1f} s")
-            return result
+        spent = time.monotonic() - started
+        if spent >= limit:
+            raise ProvisioningError(f"{reason}; gave up after {attempts} attempts in {spent:.0f} s")
+        if reason != reasons[-1] and len(reasons) <= MAX_REASONS:
+            reasons.append(reason)
+            more = "; further reasons are not logged" if len(reasons) > MAX_REASONS else ""
+            log(WARNING, f"{reason}; retrying for up to {limit - spent:.0f} s{more}")
+        time.sleep(min(max(spent / 4, 0.05), 1))
+    if attempts > 1:
+        log(INFO, f"Succeeded on attempt {attempts}, after {time.monotonic() - started:.1f} s")
+    return result
 
 
 def exchange(
-    host: str,
-    method: str,
-    path: str,
-    headers: Dict[str, str],
-    accept: Sequence[int] = (200,),
-    body: Optional[bytes] = None,
-) -> Response:
-    """Send one request to HOST ("name" or "name:port"); return the response.
+    host: str, method: str, path: str, headers: Headers, accept: Sequence[int], body: bytes = b""
+) -> Tuple[str, bytes]:
+    """Send one request to HOST ("name:port"); return the status line ("200 OK") and the body.
 
-    Raises ProvisioningError if there is none within RESPONSE_TIMEOUT, if it is malformed,
-    truncated or too large, or if its status is not in ACCEPT.
+    Fails if there is no response in time, if it is malformed, truncated or too large, or if its
+    status is not in ACCEPT.
     """
     connection = http.client.HTTPConnection(host)
     # Not read(): http.client would read a chunk of a claimed -1 bytes to its end, wherever that is.
     buffer = bytearray(MAX_BODY + 1)
     try:
         with time_limit(RESPONSE_TIMEOUT):
-            connection.request(method, path, body, headers)
+            connection.request(method, path, body or None, headers)
             with connection.getresponse() as response:
                 lengths = response.headers.get_all("Content-Length", [])
                 if len(lengths) > 1 or not all(length.isdecimal() for length in lengths):
@@ -212,15 +189,15 @@ def exchange(
                     raise ProvisioningError(f"the body has more than {MAX_BODY} bytes")
                 if response.length:
                     raise ProvisioningError(f"the body lacks {response.length} bytes")
-            status_line = f"{response.status} {response.reason}"
-            if response.status not in accept:
-                raise ProvisioningError(status_line)
+        status_line = f"{response.status} {response.reason}"
+        if response.status not in accept:
+            raise ProvisioningError(status_line)
     except (OSError, http.client.HTTPException, ValueError, ProvisioningError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ProvisioningError(f"{host}: {method} {path}: {clean(reason)}") from None
     finally:
         connection.close()
-    return Response(response.status, clean(status_line), bytes(buffer[:size]))
+    return clean(status_line), bytes(buffer[:size])
 
 
 def other_platform() -> Optional[str]:
@@ -236,13 +213,12 @@ def other_platform() -> Optional[str]:
 def fetch_goal_state(wireserver: str) -> GoalState:
     """Ask the WireServer which VM this is.
 
-    Raises ProvisioningError if the response is not a goal state. A DOCTYPE is refused unparsed:
-    its entities can make a small document fill the memory. So is a NUL, since expat would take
-    UTF-16 for what it is, and the DOCTYPE in it would not have been seen here.
+    A DOCTYPE is refused before it is parsed: its entities can make a small document fill the
+    memory. So is a NUL: expat recognizes UTF-16, in which the DOCTYPE would not be seen here.
     """
-    response = exchange(wireserver, "GET", "/machine?comp=goalstate", WIRESERVER_HEADERS)
+    _, body = exchange(wireserver, "GET", "/machine?comp=goalstate", WIRESERVER_HEADERS, (200,))
     try:
-        text = response.body.decode("utf-8-sig")  # parsing str ignores the declared encoding
+        text = body.decode("utf-8-sig")  # parsing str ignores the declared encoding
         if "<!DOCTYPE" in text or "\0" in text:
             raise ProvisioningError("The goal state has a DOCTYPE or a NUL")
         root = ElementTree.fromstring(text)
@@ -252,46 +228,30 @@ def fetch_goal_state(wireserver: str) -> GoalState:
     instance_id = root.findtext("Container/RoleInstanceList/RoleInstance/InstanceId", "").strip()
     if not container_id or not instance_id:
         raise ProvisioningError("The goal state has no ContainerId or no InstanceId")
-    incarnation = root.findtext("Incarnation", "").strip() or "1"
-    return GoalState(incarnation, container_id, instance_id)
-
-
-def health_report(goal_state: GoalState) -> str:
-    """Return the XML that tells the WireServer that the VM of GOAL_STATE is ready."""
-    health = ElementTree.Element("Health")
-    ElementTree.SubElement(health, "GoalStateIncarnation").text = goal_state.incarnation
-    container = ElementTree.SubElement(health, "Container")
-    ElementTree.SubElement(container, "ContainerId").text = goal_state.container_id
-    roles = ElementTree.SubElement(container, "RoleInstanceList")
-    role = ElementTree.SubElement(roles, "Role")
-    ElementTree.SubElement(role, "InstanceId").text = goal_state.instance_id
-    ElementTree.SubElement(ElementTree.SubElement(role, "Health"), "State").text = "Ready"
-    return ElementTree.tostring(health, encoding="unicode")
+    return GoalState(root.findtext("Incarnation", "").strip() or "1", container_id, instance_id)
 
 
 def report_ready(wireserver: str, dry_run: bool) -> None:
     """Tell the WireServer that the VM is ready; a dry run only shows what it would be told.
 
-    Each attempt fetches the goal state anew: a report is refused (410) if it has moved on. Raises
-    ProvisioningError after READY_LIMIT seconds.
+    Each attempt fetches the goal state again: the report is refused (410) if it has moved on.
     """
     logged: List[Tuple[str, str]] = []
 
     def attempt() -> Tuple[str, str]:
         goal_state = fetch_goal_state(wireserver)
         ids = (goal_state.container_id, goal_state.instance_id)
-        # Before the report, which may be rejected: Azure support asks for the ids.
+        # before the report, which may be rejected: Azure support asks for them
         if ids not in logged[-1:] and len(logged) < MAX_REASONS:
             logged.append(ids)
-            log(INFO, f"ContainerId: {clean(goal_state.container_id)}")
-            log(INFO, f"InstanceId: {clean(goal_state.instance_id)}")
-        report = health_report(goal_state)
+            log(INFO, f"ContainerId: {clean(ids[0])}")
+            log(INFO, f"InstanceId: {clean(ids[1])}")
+        report = HEALTH_REPORT.format(*(html.escape(value, quote=False) for value in goal_state))
         if dry_run:
             return report, "none, because nothing is posted in a dry run"
         headers = dict(WIRESERVER_HEADERS, **{"Content-Type": "text/xml;charset=utf-8"})
-        path, success = "/machine?comp=health", range(200, 300)
-        response = exchange(wireserver, "POST", path, headers, success, report.encode("utf-8"))
-        return report, response.status_line
+        path, success, body = "/machine?comp=health", range(200, 300), report.encode("utf-8")
+        return report, exchange(wireserver, "POST", path, headers, success, body)[0]
 
     log(INFO, f"Retrieving the goal state from the WireServer, {wireserver}")
     report, response = keep_trying(attempt, READY_LIMIT)
@@ -299,40 +259,29 @@ def report_ready(wireserver: str, dry_run: bool) -> None:
     log(INFO, f"Response: {response}")
 
 
-def names_of_vm(body: bytes) -> Dict[str, str]:
-    """Return the names in the compute metadata BODY: "computerName" and "name", if it has them.
-
-    Raises ProvisioningError if BODY is not JSON of that shape: an error page, or half a document.
-    """
-    try:
-        # float, since int would take seconds for a million digits; no number is used here
-        compute = json.loads(body.decode("utf-8-sig"), parse_int=float)
-        profile = compute.get("osProfile") or {}
-        names = {"computerName": profile.get("computerName"), "name": compute.get("name")}
-        return {source: name.strip(" \t\r\n") for source, name in names.items() if name is not None}
-    except (ValueError, AttributeError, RecursionError) as error:
-        reason = clean(str(error))
-        raise ProvisioningError(f"IMDS did not answer with compute metadata: {reason}") from None
-
-
 def fetch_hostname(imds: str) -> str:
     """Return the hostname that the user gave this VM, from IMDS; it is valid, so safe to pass on.
 
-    The computer name is that hostname. The name of the VM resource, which in a scale set is not
-    even a hostname ("myset_0"), is used only if there is no computer name, in one and the same
-    response. Raises ProvisioningError after HOSTNAME_LIMIT seconds, or at once if the name is not
-    valid.
+    That is the computer name. The name of the VM resource, which in a scale set is not even a
+    hostname ("myset_0"), is used only if the same response has no computer name.
     """
 
     def attempt() -> Tuple[str, str]:
         path = "/metadata/instance/compute?api-version="
-        response = exchange(imds, "GET", path + "2021-02-01", IMDS_HEADERS, (200, 400))
-        if response.status == 400:  # Azure Stack Hub and sovereign clouds have an older IMDS
-            response = exchange(imds, "GET", path + "2019-06-01", IMDS_HEADERS)
-        names = names_of_vm(response.body)
-        for source in ("computerName", "name"):
-            if names.get(source):
-                return names[source], source
+        status, body = exchange(imds, "GET", path + "2021-02-01", IMDS_HEADERS, (200, 400))
+        if status.startswith("400"):  # Azure Stack Hub and sovereign clouds have an older IMDS
+            _, body = exchange(imds, "GET", path + "2019-06-01", IMDS_HEADERS, (200,))
+        try:
+            # float, since int would take seconds for a million digits; no number is used here
+            compute = json.loads(body.decode("utf-8-sig"), parse_int=float)
+            profile = compute.get("osProfile")
+            computer_name = None if profile is None else profile.get("computerName")
+            for name, source in ((computer_name, "computerName"), (compute.get("name"), "name")):
+                if name is not None and name.strip(" \t\r\n"):
+                    return name.strip(" \t\r\n"), source
+        except (ValueError, AttributeError, RecursionError) as error:
+            reason = clean(str(error))
+            raise ProvisioningError(f"IMDS did not send compute metadata: {reason}") from None
         raise ProvisioningError("IMDS has neither a computer name nor a VM name")
 
     log(INFO, f"Retrieving the hostname from IMDS, {imds}")
@@ -344,21 +293,12 @@ def fetch_hostname(imds: str) -> str:
 
 
 def run(*command: str, timeout: float) -> str:
-    """Run COMMAND; return its output.
-
-    Raises ProvisioningError if it is missing, fails, prints more than MAX_OUTPUT bytes or takes
-    longer than TIMEOUT seconds.
-    """
-    # Not this process's environment: SYSTEMD_COLORS and the like change what a command prints.
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
+    """Run COMMAND for at most TIMEOUT seconds, and return its output."""
+    # not this process's environment: SYSTEMD_COLORS and the like change what a command prints
+    env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     try:
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
+        with Popen(
+            command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, env=env, start_new_session=True
         ) as process:
             assert process.stdout is not None
             try:
@@ -370,20 +310,18 @@ def run(*command: str, timeout: float) -> str:
             except ProvisioningError:
                 os.killpg(process.pid, signal.SIGKILL)  # its children, too
                 raise
+        text = output.decode("latin-1").strip()  # no byte fails here
+        if status != 0:
+            raise ProvisioningError(clean(text, 200) or f"status {status}")
     except (OSError, ProvisioningError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ProvisioningError(f"{command[0]}: {reason}") from None
-    text = output.decode("latin-1").strip()  # no byte fails here
-    if status != 0:
-        raise ProvisioningError(f"{command[0]}: {clean(text, 200) or f'status {status}'}")
+        raise ProvisioningError(f"{command[0]}: {getattr(error, 'strerror', error)}") from None
     return text
 
 
 def set_hostname(name: str) -> bool:
-    """Make NAME the hostname, now and after a reboot; return whether it will outlast this boot.
+    """Make NAME the hostname, now and after a reboot; return whether it is stored for that.
 
-    hostnamectl needs D-Bus and a writable root; without them the kernel is told directly. Raises
-    ProvisioningError if the kernel refuses.
+    hostnamectl needs D-Bus and a writable root; without them the kernel is told directly.
     """
     try:
         run("hostnamectl", "set-hostname", name, timeout=COMMAND_TIMEOUT)
@@ -394,30 +332,18 @@ def set_hostname(name: str) -> bool:
             socket.sethostname(name)
         except OSError as error:
             raise ProvisioningError(f"The hostname cannot be set: {error.strerror}") from None
-        log(INFO, "Hostname set")
     try:
-        store_hostname(name)
+        # hostnamectl does not fsync, and the unit runs only once. Without O_TRUNC a full disk keeps
+        # the old name; with O_NONBLOCK a FIFO is an error.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK
+        with open(os.open(HOSTNAME_FILE, flags, 0o644), "wb", buffering=0) as file:
+            file.write(name.encode("ascii") + b"\n")
+            file.truncate()
+            os.fsync(file.fileno())
     except OSError as error:
         log(WARNING, f"{HOSTNAME_FILE}: {error.strerror}; {UNIT} stays enabled for the next boot")
         return False
     return True
-
-
-def store_hostname(name: str) -> None:
-    """Write NAME to hostname(5), and to the disk: a power cut must not lose it.
-
-    hostnamectl has written it already if it could, but it does not fsync. The old name stays as it
-    is if this fails, even on a full disk. Raises OSError.
-    """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK  # no waiting for the reader of a FIFO
-    content = name.encode("ascii") + b"\n"
-    descriptor = os.open(HOSTNAME_FILE, flags, 0o644)
-    try:
-        os.write(descriptor, content)
-        os.ftruncate(descriptor, len(content))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def publish_hostname() -> None:
@@ -430,11 +356,13 @@ def publish_hostname() -> None:
     started = time.monotonic()
     deadline = started + PUBLISH_TIMEOUT
     try:
-        interface = next(iter(default_interfaces()), None)
-        if interface is None:
+        interfaces = default_interfaces()
+        if not interfaces:
             raise ProvisioningError("there is no default route")
+        interface = interfaces[0]
         publish = publishing_command(interface, deadline)
-        with address_events() as events:  # from before the command, so that none is missed
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as events:
+            events.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
             run(*publish.split(), timeout=deadline - time.monotonic())
             wait_for_network(interface, events, deadline)
         log(INFO, f"Hostname published by {publish}, in {time.monotonic() - started:.2f} s")
@@ -443,10 +371,7 @@ def publish_hostname() -> None:
 
 
 def default_interfaces() -> List[str]:
-    """Return the network interfaces that have an IPv4 default route, the best first: proc_net(5).
-
-    Raises OSError if the kernel does not tell.
-    """
+    """Return the interfaces that have an IPv4 default route, the best first: proc_net(5)."""
     with open(ROUTE_FILE, "rb") as file:
         routes = [line.split() for line in file][1:]
     # The destination and its mask are zero; the interface of a route that rejects is "*".
@@ -456,37 +381,21 @@ def default_interfaces() -> List[str]:
 
 
 def publishing_command(interface: str, deadline: float) -> str:
-    """Return the command with which the DHCP client of INTERFACE sends its request again.
-
-    Raises ProvisioningError if no client says that it manages INTERFACE. A client that hangs has
-    only its share of the time until DEADLINE.
-    """
+    """Return the command with which the DHCP client of INTERFACE sends its request again."""
+    # each has a share of the time, in case one hangs
     share = (deadline - time.monotonic()) / (len(DHCP_CLIENTS) + 1)
-    for client in DHCP_CLIENTS:
-        try:
-            state = run(*client.show.format(interface).split(), timeout=share)
-        except ProvisioningError:
-            continue  # not installed, or not running
-        if re.search(client.managed, state):
-            return client.publish.format(interface)
-    known = "systemd-networkd, NetworkManager, ifupdown or dhcpcd"
+    for show, managed, publish in DHCP_CLIENTS:
+        with contextlib.suppress(ProvisioningError):  # not installed, or not running
+            if re.search(managed, run(*show.format(interface).split(), timeout=share)):
+                return publish.format(interface)
     raise ProvisioningError(
-        f"{interface} is not managed by {known}; reboot, or restart its DHCP client"
+        f"{interface} is not managed by systemd-networkd, NetworkManager, ifupdown or dhcpcd; "
+        "reboot, or restart its DHCP client"
     )
 
 
-def address_events() -> socket.socket:
-    """Return a socket that receives what happens to IPv4 addresses and routes: rtnetlink(7)."""
-    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-    events.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
-    return events
-
-
 def wait_for_network(interface: str, events: socket.socket, deadline: float) -> None:
-    """Wait until INTERFACE has been given an address anew, and has the default route again.
-
-    Raises ProvisioningError if it does not by DEADLINE.
-    """
+    """Wait for EVENTS, of rtnetlink(7): a new address of INTERFACE, then its default route."""
     try:
         with time_limit(deadline - time.monotonic()):
             new = False
@@ -511,10 +420,9 @@ def disable_unit() -> None:
 def endpoint(text: str) -> str:
     """Return TEXT if it is HOST[:PORT]; raises argparse.ArgumentTypeError if it is not."""
     host, colon, port = text.partition(":")
-    if not re.match(HOSTNAME, host) or (colon and not re.match(r"[0-9]{1,5}\Z", port)):
+    valid_port = re.match(r"[0-9]{1,5}\Z", port) and 0 < int(port) < 65536
+    if not re.match(HOSTNAME, host) or (colon and not valid_port):
         raise argparse.ArgumentTypeError(f"not HOST[:PORT]: {clean(text)}")
-    if colon and not 0 < int(port) < 65536:
-        raise argparse.ArgumentTypeError(f"not a port: {port}")
     return text
 
 

@@ -21,7 +21,7 @@ INSTALLER = ROOT / "install.sh"
 # Runs the script's own main() with some of its constants changed. It never names the machine that
 # the tests run on, and records what it calls for that.
 DRIVER = """
-import json, os, sys
+import io, json, os, sys
 root, settings, record, journal, uid = json.loads(sys.argv[1])
 sys.path.insert(0, root)
 import azure_provision
@@ -35,14 +35,17 @@ def sethostname(name):
 def fsync(descriptor, real=os.fsync):
     note("fsync", os.path.basename(os.readlink("/proc/self/fd/%d" % descriptor)))
     real(descriptor)
-def write(descriptor, data, real=os.write):
-    if descriptor > 2 and "NO_SPACE" in os.environ:
+class FullDisk(io.FileIO):
+    def write(self, data):
         raise OSError(28, "No space left on device")
-    return real(descriptor, data)
+if "FULL_DISK" in os.environ:
+    azure_provision.open = lambda name, *mode, **options: (
+        FullDisk(name, "wb") if isinstance(name, int) else open(name, *mode, **options)
+    )
 for name, value in settings.items():
     getattr(azure_provision, name)
     setattr(azure_provision, name, value)
-azure_provision.socket.sethostname, os.fsync, os.write = sethostname, fsync, write
+azure_provision.socket.sethostname, os.fsync = sethostname, fsync
 os.geteuid = lambda: uid
 if journal:
     os.environ["JOURNAL_STREAM"] = "{0.st_dev}:{0.st_ino}".format(os.fstat(1))

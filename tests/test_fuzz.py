@@ -15,6 +15,7 @@ import selectors
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -30,6 +31,15 @@ METADATA = b'{"name": "vm", "osProfile": {"computerName": "%s"}}'
 GOOD_STATE = GOAL_STATE.format(
     version="2012-11-30", incarnation="1", container_id="c-1", instance_id="i-1"
 ).encode()
+IDS = [
+    b"a\nb",
+    b"\n&lt;0>forged",
+    b"a&#13;b",
+    b"\xe2\x80\xa8",
+    b"&amp;",
+    b"x" * 20000,
+    b"\xc2\x85x",
+]
 
 TOKENS = [
     *(b"\r\n", b"\n", b"\r", b"\0", b"\xff", b"\xfe\xff", b"\xe2\x80\xa8", b"\xc2\x85", b"\x1b[2J"),
@@ -142,7 +152,8 @@ class Case:
         left = self.left.setdefault(resource, pick.choice([0, 0, 1, 1, 2]))
         self.left[resource] = left - 1
         metadata = METADATA % (NAME.encode() if pick.random() < 0.8 else pick.choice(NAMES))
-        good = {"goalstate": GOOD_STATE, "health": b""}.get(resource, metadata)
+        state = GOOD_STATE if pick.random() < 0.8 else GOOD_STATE.replace(b"c-1", pick.choice(IDS))
+        good = {"goalstate": state, "health": b""}.get(resource, metadata)
         if left <= 0 and self.recovers:
             good = METADATA % NAME.encode() if resource == "compute" else good
             return "send", http(b"200 OK", [b"Content-Length: %d" % len(good)], good)
@@ -289,6 +300,7 @@ class Fuzz:
         self.commands: List[Tuple[str, ...]] = []
         self.output: List[bytes] = []
         self.ends = {0: 0, 1: 0}
+        self.hostname_file = tempfile.NamedTemporaryFile()  # noqa: SIM115
 
     def run_tool(self, *command: str, timeout: float) -> str:
         self.commands.append(command)
@@ -302,14 +314,15 @@ class Fuzz:
     def patches(self) -> Iterator[None]:
         """The script in this process, its tools recorded, its limits low."""
         low: Dict[str, Any] = {"RESPONSE_TIMEOUT": 0.02, "READY_LIMIT": 2, "HOSTNAME_LIMIT": 2}
-        low.update(run=self.run_tool, time=Clock(), HOSTNAME_FILE=os.devnull, ROUTE_FILE=os.devnull)
-        low.update(store_hostname=lambda name: None)
+        low.update(run=self.run_tool, time=Clock(), ROUTE_FILE=os.devnull)
+        low.update(HOSTNAME_FILE=self.hostname_file.name)
         script = mock.patch.multiple(azure_provision, **low)
         with script, mock.patch.object(os, "write", self.write):
             yield
 
     def close(self) -> None:
         self.server.close()
+        self.hostname_file.close()
 
     def run(self, seed: int, number: int) -> None:
         """Run one case; raises AssertionError, or whatever the script let through."""
@@ -337,6 +350,8 @@ class Fuzz:
         assert last.startswith("Provisioned as "), last
         tool, verb, name = self.commands[0]
         assert (tool, verb) == ("hostnamectl", "set-hostname") and valid(name), self.commands
+        self.hostname_file.seek(0)
+        assert self.hostname_file.read().decode() == name + "\n"
         assert self.commands[-1][:2] == ("systemctl", "disable"), self.commands
 
 

@@ -38,7 +38,7 @@ class ReadmeTest(unittest.TestCase):
             "has no ContainerId",
             "has a DOCTYPE",
             "IMDS has neither",
-            "IMDS did not answer with compute metadata",
+            "IMDS did not send compute metadata",
             "in IMDS is not a valid hostname: ",
             "setting the hostname without hostnamectl",
             "stays enabled for the next boot",

@@ -314,7 +314,7 @@ class SetHostnameTest(ScriptTest):
     def test_full_disk_keeps_the_old_name(self) -> None:
         machine = self.machine()
         machine.hostname_file.write_text("golden-image.example.com\n")
-        run = self.provision(machine=machine, environment={"NO_SPACE": "1"})
+        run = self.provision(machine=machine, environment={"FULL_DISK": "1"})
         self.assertEqual(machine.hostname_file.read_text(), "golden-image.example.com\n")
         self.assertRegex(run.output, "hostname: No space left on device; .* stays enabled")
 
