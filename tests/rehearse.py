@@ -55,6 +55,7 @@ PROBE_STATUS, PROBE_TIMEOUT = 33, 3  # seconds
 POWER_OFF_TIMEOUT = 20  # seconds; long enough for a journal of 5 s to reach the disk
 MAX_LINES = 300  # that one boot may show
 CONSOLE_LINES = 6  # of trouble, and of the end, that are shown with a verdict
+SYSTEM = re.compile(r"Linux version |\[ *\d+\.\d{6}\] |systemd|login:")
 TROUBLE = re.compile(r"FAILED|Error\b|Kernel panic|Failed to|azure-provisioning\[")
 
 # Resources of IMDS whose answer holds the computer name.
@@ -356,9 +357,9 @@ def asks_dhcp(boot: Boot, rehearsal: Rehearsal) -> Outcome:
         "there is no DHCP client, or its configuration is bound to another MAC address or "
         "interface name (eth0 on Azure, not here)"
     )
-    if not boot.console.strip():
+    if not SYSTEM.search(boot.console):
         generation = 3 - rehearsal.setup.generation
-        reason = f"the console is silent, too: does it boot? try --generation {generation}"
+        reason = f"no kernel on the console either: does it boot? try --generation {generation}"
     reason = rehearsal.fates.get(boot, reason)
     return FAIL, f"no DHCP request {watched(boot)}: {reason}"
 
@@ -427,7 +428,7 @@ def publishes_name(boot: Boot, rehearsal: Rehearsal) -> Outcome:
 
 
 def speaks(boot: Boot, rehearsal: Rehearsal) -> Outcome:
-    if re.search(r"Linux version |\[ *\d+\.\d{6}\] |systemd|login:", boot.console):
+    if SYSTEM.search(boot.console):
         return OK, f"{len(boot.lines)} lines"
     return FAIL, "Azure's boot diagnostics will be empty: the kernel needs console=ttyS0"
 
@@ -562,13 +563,13 @@ def parse_command_line(arguments: List[str]) -> argparse.Namespace:
     )
     option = parser.add_argument
     option("image", metavar="IMAGE", type=Path, help="a disk: raw, qcow2, vhd, vhdx and so on")
-    option("--generation", type=int, choices=(1, 2), default=1, help="2 is EFI (default: 1)")
-    option("--name", type=name, default="rehearsal", help="of the scale set (default: rehearsal)")
-    option("--timeout", type=number(1, 7200), default=180, metavar="S", help="per boot (180)")
-    option("--memory", type=number(64, 1 << 20), default=1024, metavar="MIB", help="(1024)")
+    option("--generation", type=int, choices=(1, 2), default=1, help="BIOS (1) or EFI (2); [1]")
+    option("--name", type=name, default="rehearsal", help="of the scale set [rehearsal]")
+    option("--timeout", type=number(1, 7200), default=180, metavar="S", help="for each boot [180]")
+    option("--memory", type=number(64, 1 << 20), default=1024, metavar="MIB", help="[1024]")
     option("--faults", action="store_true", help="Azure is absent, then rejects, then recovers")
-    option("--console", type=Path, metavar="FILE", help="write there what the VMs say on ttyS0")
-    option("--accel", choices=("kvm", "tcg"), help="KVM or plain emulation (default: what works)")
+    option("--console", type=Path, metavar="FILE", help="write what the VMs say on ttyS0 there")
+    option("--accel", choices=("kvm", "tcg"), help="KVM, or plain emulation [KVM if it works]")
     return parser.parse_args(arguments)
 
 

@@ -67,7 +67,16 @@ class DhcpTest(unittest.TestCase):
             self.assertTrue(request is None or request.kind == "REQUEST")
 
     def test_other_packets_are_ignored(self) -> None:
-        for other in (b"", bytes(60), frame(kind=0), frame(kind=5), frame(kind=7), b"\xff" * 400):
+        firmware = frame((60, b"PXEClient:Arch:00007:UNDI:003016"))
+        for other in (
+            b"",
+            bytes(60),
+            firmware,
+            frame(kind=0),
+            frame(kind=5),
+            frame(kind=7),
+            b"\xff" * 400,
+        ):
             self.assertIsNone(parse_dhcp(other))
 
 
@@ -152,6 +161,8 @@ class VerdictTest(unittest.TestCase):
     def test_nothing_at_all(self) -> None:
         failed = self.failed([FakeBoot(console="")])
         self.assertIn("--generation 2", failed["asks DHCP"])
+        firmware = FakeBoot(console="BdsDxe: failed to load Boot0001")
+        self.assertIn("does it boot?", self.failed([firmware])["asks DHCP"])
         self.assertIn("console=ttyS0", failed["speaks on the console"])
 
     def test_no_request(self) -> None:

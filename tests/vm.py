@@ -108,7 +108,7 @@ def has_private_network() -> bool:
         command = [sys.executable, "-I", "-S", "-c", ""]
         subprocess.check_call(command, preexec_fn=enter_private_network, start_new_session=True)
         return True
-    except subprocess.SubprocessError:
+    except (OSError, subprocess.SubprocessError):
         return False
 
 
@@ -146,7 +146,7 @@ def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
         options[message[position]] = message[position + 2 : position + 2 + length]
         position += 2 + length
     kind = KINDS.get(options.get(53, b""))
-    if not kind:
+    if not kind or options.get(60, b"").startswith(b"PXEClient"):  # the firmware: not the image
         return None
     mac = ":".join(f"{byte:02x}" for byte in message[28:34])
     name = options.get(12, b"") or fqdn(options.get(81, b""))
@@ -335,11 +335,12 @@ class VM:
             *("-chardev", "stdio,id=monitor,signal=off", "-mon", "monitor,mode=control"),
             *("-chardev", f"file,id=console,path=/dev/fd/{console}", "-serial", "chardev:console"),
             *("-netdev", f"user,id=net,{NETWORK}{forward}"),
-            *("-device", f"virtio-net-pci,netdev=net,mac={self.mac}"),
+            *("-device", f"virtio-net-pci,netdev=net,mac={self.mac},romfile="),
             *("-object", f"filter-dump,id=dump,netdev=net,file=/dev/fd/{packets}"),
             "-drive",
-            "if=virtio,cache=unsafe,driver=qcow2,file.filename=disk,"
+            "if=none,id=disk,cache=unsafe,driver=qcow2,file.filename=disk,"
             + ",".join(f"backing.{option}" for option in split_options(self.image.options)),
+            *("-device", "virtio-blk-pci,drive=disk,bootindex=0"),
         ]
 
 

@@ -7,8 +7,8 @@ how many run at a time (2).
 
 import os
 import re
+import shutil
 import subprocess
-import sys
 import unittest
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,16 +17,13 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 from tests.boot import disk
 from tests.boot.disk import Tree
 from tests.boot.host import RUN, command, missing, number, remove_tree, undo_at_exit
-from tests.harness import INSTALLER, ROOT
+from tests.harness import INSTALLER, ROOT, SCRIPT
 
 JOBS = int(os.environ.get("BOOT_JOBS", "2"))
 
-# Nobody, with the one privilege to read: this repository or Python may be in a private directory.
-READ = "-all,+dac_read_search"
-NOBODY = (
-    *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
-    *(f"--inh-caps={READ}", f"--ambient-caps={READ}", f"--bounding-set={READ}"),
-)
+# The system's Python, since another one may be in a directory that nobody can read.
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs")
+PYTHON = "/usr/bin/python3"
 
 # Its own services need these to be writable.
 VOLATILE = "tmpfs /tmp tmpfs\ntmpfs /var/tmp tmpfs\n"
@@ -129,14 +126,14 @@ class Result(NamedTuple):
 
 
 def rehearse(image: Path, *options: str) -> Result:
-    """Rehearse IMAGE as a user who can read it and write nothing of it."""
+    """Rehearse IMAGE as nobody, who can read it and not write it."""
     console = image.with_name("console")
     console.touch()
     console.chmod(0o666)
-    words = [*NOBODY, sys.executable, "-m", "tests.rehearse", "--console", str(console)]
+    words = [*NOBODY, PYTHON, "-B", "-m", "tests.rehearse", "--console", str(console)]
     process = subprocess.Popen(
         [*words, *options, str(image)],
-        cwd=str(ROOT),
+        cwd=str(_directory),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -176,6 +173,8 @@ def setUpModule() -> None:
     if absent:
         raise unittest.SkipTest(f"a rehearsal needs {', '.join(absent)}")
     undo_at_exit(lambda: remove_tree(_directory))
+    shutil.copytree(str(ROOT / "tests"), str(_directory / "tests"))
+    shutil.copy(str(SCRIPT), str(_directory))
     for title, case in CASES.items():
         _results[title] = _pool.submit(build_and_rehearse, _directory / title, case)
 
