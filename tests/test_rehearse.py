@@ -140,6 +140,11 @@ class Rehearsed:
         self.boots, self.reboot = boots, reboot
         self.fates: Dict[Any, str] = {}
         self.setup = Setup()
+        self.display = self
+        self.output: List[str] = []
+
+    def line(self, text: str = "") -> None:
+        self.output.append(text)
 
 
 class VerdictTest(unittest.TestCase):
@@ -152,6 +157,18 @@ class VerdictTest(unittest.TestCase):
     def test_sound_image_passes(self) -> None:
         boot = FakeBoot("golden myset000000", SOUND)
         self.assertEqual(self.failed([boot, boot], FakeBoot("myset000000")), {})
+
+    def test_exit_status_and_last_line(self) -> None:
+        boot = FakeBoot("golden myset000000", SOUND)
+        twice = FakeBoot("golden myset000000", SOUND + "\nhealth 200")
+        for boots, status, result in (
+            ([boot, boot], 0, "It will provision."),
+            ([twice, twice], 1, "It will provision, but not correctly."),
+            ([FakeBoot("golden")], 1, "It will not provision."),
+        ):
+            rehearsed: Any = Rehearsed(boots, FakeBoot("myset000000"))
+            self.assertEqual(rehearse.verdict(rehearsed), status)
+            self.assertEqual(rehearsed.output[-1].strip(), result)
 
     def test_no_dhcp(self) -> None:
         ((title, remark),) = self.failed([FakeBoot()]).items()
@@ -201,7 +218,9 @@ class VerdictTest(unittest.TestCase):
         boot = FakeBoot("golden myset000000", SOUND)
         failed = self.failed([boot, boot], FakeBoot("myset000000", SOUND))
         self.assertEqual(list(failed), ["silent after a reboot"])
-        self.assertIn("the unit was not disabled", failed["silent after a reboot"])
+        self.assertIn("it reported Ready again: the unit", failed["silent after a reboot"])
+        asks = self.failed([boot, boot], FakeBoot("myset000000", "goalstate 200"))
+        self.assertIn("it asks the WireServer", asks["silent after a reboot"])
 
     def test_second_vm_that_differs(self) -> None:
         boots = [FakeBoot("golden myset000000", SOUND), FakeBoot()]
@@ -287,7 +306,9 @@ class CommandLineTest(unittest.TestCase):
             self.assert_refused(reason, *words.split())
 
     def test_image_that_is_not_there(self) -> None:
-        self.assert_refused("/nowhere: No such file or directory", "/nowhere")
+        reason = "/nowhere: No such file or directory"
+        self.assert_refused(reason, "/nowhere")
+        self.assert_refused(reason, "/nowhere", PATH=str(self.directory))  # with or without QEMU
         self.assert_refused("-x: No such file or directory", "--", "-x")
 
     def test_image_that_is_no_file(self) -> None:

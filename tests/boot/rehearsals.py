@@ -8,16 +8,19 @@ how many run at a time (2).
 import os
 import re
 import shutil
+import socket
 import subprocess
 import unittest
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
+from azure_provision import UNIT
 from tests.boot import disk
 from tests.boot.disk import Tree
 from tests.boot.host import RUN, command, missing, number, remove_tree, undo_at_exit
 from tests.harness import INSTALLER, ROOT, SCRIPT
+from tests.vm import inspect
 
 JOBS = int(os.environ.get("BOOT_JOBS", "2"))
 
@@ -37,6 +40,21 @@ MACAddress=00:22:48:12:34:56
 DHCP=yes
 """
 HOTPLUG = "allow-hotplug ens3\niface ens3 inet dhcp\n"
+
+# 168.0.0.2 is the machine that runs QEMU.
+CURIOUS_UNIT = f"""\
+[Unit]
+After={UNIT}
+
+[Service]
+Type=oneshot
+ExecStart=/bin/bash -c 'exec 3<>/dev/tcp/168.0.0.2/{{port}}; echo connected: $?'
+StandardOutput=journal+console
+StandardError=journal+console
+
+[Install]
+WantedBy=multi-user.target
+"""
 
 CLOUD_INIT = ("python3", "cloud-init", "ifupdown", "isc-dhcp-client")
 
@@ -59,6 +77,14 @@ def install(tree: Tree, *options: str) -> None:
 def sound(tree: Tree) -> None:
     tree.use_networkd()
     install(tree)
+
+
+def sound_and_curious(tree: Tree) -> None:
+    """A sound image that tries to reach this machine, where somebody listens."""
+    sound(tree)
+    port = _listener.getsockname()[1]
+    tree.write("etc/systemd/system/curious.service", CURIOUS_UNIT.format(port=port))
+    tree.systemctl("enable", "curious.service")
 
 
 def bound(tree: Tree) -> None:
@@ -103,7 +129,7 @@ CASES = {
     "ifupdown": Case(ifupdown, CLOUD_INIT),
     "read-only": Case(read_only, mode="ro"),
     "generation 2": Case(sound, generation=2, options=("--faults", "--name", "web")),
-    "sound": Case(sound, format="vpc"),
+    "sound": Case(sound_and_curious, format="vpc"),
     "bound": Case(bound, format="vhdx"),
     "not enabled": Case(not_enabled, format="qcow2"),
     "python3-minimal": Case(python_minimal),
@@ -165,6 +191,7 @@ def build_and_rehearse(directory: Path, case: Case) -> Result:
 _processes: List["subprocess.Popen[str]"] = []
 _results: Dict[str, "Future[Result]"] = {}
 _pool = ThreadPoolExecutor(JOBS)
+_listener = socket.socket()
 _directory = RUN / f"{os.getpid()}-{number()}"
 
 
@@ -173,6 +200,9 @@ def setUpModule() -> None:
     if absent:
         raise unittest.SkipTest(f"a rehearsal needs {', '.join(absent)}")
     undo_at_exit(lambda: remove_tree(_directory))
+    _listener.bind(("127.0.0.1", 0))
+    _listener.listen(1)
+    _listener.settimeout(0)
     shutil.copytree(str(ROOT / "tests"), str(_directory / "tests"))
     shutil.copy(str(SCRIPT), str(_directory))
     for title, case in CASES.items():
@@ -185,6 +215,7 @@ def tearDownModule() -> None:
     for process in _processes:
         process.terminate()
     _pool.shutdown()
+    _listener.close()
     remove_tree(_directory)
 
 
@@ -226,6 +257,9 @@ class RehearsalTest(unittest.TestCase):
         self.assert_verdict(result, "is the only agent", "ok", "custom-provisioning")
         self.assertRegex(result.output, "DHCP +REQUEST rehearsal000001")
         self.assertIn("Linux version", result.console)
+        with self.assertRaises(BlockingIOError):  # nobody came
+            _listener.accept()
+        self.assertRegex(result.console, "/dev/tcp/168.0.0.2/.*: Connection refused")
 
     def test_sound_image_of_generation_2_provisions_despite_faults(self) -> None:
         result = self.assert_sound("generation 2")
@@ -274,6 +308,22 @@ class RehearsalTest(unittest.TestCase):
         result = rehearse(image)
         self.assertEqual(result.status, 2)
         self.assertRegex(result.output, r"\A.*: not a disk: no boot signature.*\n\Z")
+
+    def test_vhd_has_the_size_that_its_footer_states(self) -> None:
+        """QEMU would go by the geometry, which cannot express every size."""
+        image = _directory / "footer.vhd"
+        command("qemu-img", "create", "-f", "vpc", "-o", "subformat=fixed,force_size", image, "33M")
+        footer = bytearray(image.read_bytes()[-512:])
+        footer[28:32] = b"vpc "  # the creator: one of those whose geometry QEMU trusts
+        footer[56:60] = bytes([993 >> 8, 993 & 255, 4, 17])  # cylinders, heads, sectors
+        footer[64:68] = bytes(4)  # the checksum, which is of all but itself
+        footer[64:68] = (~sum(footer) & 0xFFFFFFFF).to_bytes(4, "big")
+        with open(str(image), "r+b") as file:
+            file.seek(-512, os.SEEK_END)
+            file.write(footer)
+        self.assertEqual(inspect(image).size, 33 * 1024 * 1024)
+        by_geometry = command("qemu-img", "info", "-f", "vpc", "--output=json", image)
+        self.assertNotIn(f"{33 << 20},", by_geometry)
 
 
 if __name__ == "__main__":
