@@ -126,6 +126,7 @@ def two_agents(tree: Tree) -> None:
 # The longest come first.
 CASES = {
     "cloud-init": Case(cloud_init, CLOUD_INIT),
+    "two agents": Case(two_agents, CLOUD_INIT),
     "ifupdown": Case(ifupdown, CLOUD_INIT),
     "read-only": Case(read_only, mode="ro"),
     "generation 2": Case(sound, generation=2, options=("--faults", "--name", "web")),
@@ -299,6 +300,13 @@ class RehearsalTest(unittest.TestCase):
     def test_cloud_init(self) -> None:
         result = self.assert_sound("cloud-init")
         self.assert_verdict(result, "is the only agent", "ok", "cloud-init")
+
+    def test_two_agents(self) -> None:
+        result = self.result("two agents", 1)
+        remark = "2 agents talk to Azure: cloud-init, custom-provisioning"
+        self.assert_verdict(result, "is the only agent", "FAIL", remark)
+        self.assert_verdict(result, "reports Ready once", "FAIL", "reported Ready 2 times")
+        self.assertIn("\nIt will provision, but not correctly.\n", result.output)
 
     def test_file_that_is_not_a_disk(self) -> None:
         directory = _directory / "not a disk"
