@@ -49,12 +49,12 @@ ROUTE_FILE = "/proc/self/net/route"  # proc_net(5)
 
 READY_LIMIT = 20 * 60  # seconds: Azure fails the VM's creation about then
 HOSTNAME_LIMIT = 5 * 60  # seconds
-RESPONSE_TIMEOUT = 10  # seconds, for connecting, one request and its whole response
+RESPONSE_TIMEOUT = 10  # seconds, for one exchange, from connecting to the last byte
 COMMAND_TIMEOUT = 30  # seconds: hostnamectl, systemctl
-PUBLISH_TIMEOUT = 30  # seconds, until the network is back
-MAX_BODY = 1024 * 1024  # bytes; a goal state has some 3,000
-MAX_OUTPUT = 65536  # bytes that a command may print
-MAX_REASONS = 10  # that one wait logs, however often the reason changes
+PUBLISH_TIMEOUT = 30  # seconds, for the whole step
+MAX_BODY = 1024 * 1024  # bytes of a response; a goal state has about 3,000
+MAX_OUTPUT = 65536  # bytes of a command's output
+MAX_REASONS = 10  # that are logged in one step, however often the reason changes
 
 # hostname(7), at most 64 characters on Linux: sethostname(2). No underscore, as in systemd's own
 # rule: hostnamectl would drop it without a word.
@@ -67,10 +67,10 @@ ERROR, WARNING, NOTICE, INFO = 3, 4, 5, 6  # sd-daemon(3)
 
 
 # For each DHCP client: the command that shows the state of the interface {}, the output that means
-# that the client manages it, and the command that sends the DHCP request again, with the new name.
-# ("networkctl renew", "networkctl forcerenew" and "nmcli device reapply" do not send it.)
-# While IPv6 or a dispatcher script is not done, an interface that is up is "configuring", or in one
-# of NetworkManager's states 40 to 90; "100 (connected (externally))" is somebody else's.
+# that the client manages it, and the command that sends the DHCP request again, with the new name
+# ("networkctl renew", "networkctl forcerenew" and "nmcli device reapply" do not send it). An
+# interface that is up can still be "configuring", or in one of NetworkManager's states 40 to 90,
+# because of IPv6 or a dispatcher script; "100 (connected (externally))" is not NetworkManager's.
 DHCP_CLIENTS = (
     ("networkctl --no-legend list {}", r" configur(ed|ing)$", "networkctl reconfigure {}"),
     (
@@ -106,7 +106,7 @@ def log(priority: int, message: str) -> None:
     """Print one line; the journal takes its priority from a prefix: sd-daemon(3)."""
     try:
         stdout = os.fstat(1)
-        # systemd.exec(5): the variable may be left over, so compare it
+        # systemd.exec(5): the variable may be inherited from elsewhere, so compare
         if os.environ.get("JOURNAL_STREAM") == f"{stdout.st_dev}:{stdout.st_ino}":
             message = f"<{priority}>{message}"
         os.write(1, (message + "\n").encode("ascii", "backslashreplace"))
@@ -175,7 +175,7 @@ def exchange(
     status is not in ACCEPT.
     """
     connection = http.client.HTTPConnection(host)
-    # Not read(): http.client would read a chunk of a claimed -1 bytes to its end, wherever that is.
+    # Not read(): for a chunk of size -1 it reads until the peer closes, without a limit.
     buffer = bytearray(MAX_BODY + 1)
     try:
         with time_limit(RESPONSE_TIMEOUT):
@@ -214,7 +214,7 @@ def fetch_goal_state(wireserver: str) -> GoalState:
     """Ask the WireServer which VM this is.
 
     A DOCTYPE is refused before it is parsed: its entities can make a small document fill the
-    memory. So is a NUL: expat recognizes UTF-16, in which the DOCTYPE would not be seen here.
+    memory. So is a NUL: in UTF-16, which expat would recognize, a DOCTYPE would not be seen here.
     """
     _, body = exchange(wireserver, "GET", "/machine?comp=goalstate", WIRESERVER_HEADERS, (200,))
     try:
@@ -272,16 +272,16 @@ def fetch_hostname(imds: str) -> str:
         if status.startswith("400"):  # Azure Stack Hub and sovereign clouds have an older IMDS
             _, body = exchange(imds, "GET", path + "2019-06-01", IMDS_HEADERS, (200,))
         try:
-            # float, since int would take seconds for a million digits; no number is used here
+            # int() would take seconds for a million digits; no number is used here
             compute = json.loads(body.decode("utf-8-sig"), parse_int=float)
             profile = compute.get("osProfile")
             computer_name = None if profile is None else profile.get("computerName")
             for name, source in ((computer_name, "computerName"), (compute.get("name"), "name")):
                 if name is not None and name.strip(" \t\r\n"):
                     return name.strip(" \t\r\n"), source
-        except (ValueError, AttributeError, RecursionError) as error:
-            reason = clean(str(error))
-            raise ProvisioningError(f"IMDS did not send compute metadata: {reason}") from None
+        except (ValueError, AttributeError, RecursionError):  # not JSON, or of another shape
+            sent = clean(body[:100].decode("latin-1"))
+            raise ProvisioningError(f"IMDS did not send compute metadata, but: {sent}") from None
         raise ProvisioningError("IMDS has neither a computer name nor a VM name")
 
     log(INFO, f"Retrieving the hostname from IMDS, {imds}")
@@ -366,8 +366,9 @@ def publish_hostname() -> None:
             run(*publish.split(), timeout=deadline - time.monotonic())
             wait_for_network(interface, events, deadline)
         log(INFO, f"Hostname published by {publish}, in {time.monotonic() - started:.2f} s")
-    except (OSError, ProvisioningError) as error:
-        log(NOTICE, f"The hostname will be published at the next boot: {clean(str(error), 200)}")
+    except Exception as error:  # whatever it is, the VM is provisioned
+        reason = clean(str(getattr(error, "strerror", error)), 200)
+        log(NOTICE, f"Hostname not published: {reason}; DHCP clients send it at the next boot")
 
 
 def default_interfaces() -> List[str]:
@@ -389,8 +390,8 @@ def publishing_command(interface: str, deadline: float) -> str:
             if re.search(managed, run(*show.format(interface).split(), timeout=share)):
                 return publish.format(interface)
     raise ProvisioningError(
-        f"{interface} is not managed by systemd-networkd, NetworkManager, ifupdown or dhcpcd; "
-        "reboot, or restart its DHCP client"
+        f"{interface} is not managed by systemd-networkd, NetworkManager, ifupdown or dhcpcd "
+        "(restart its DHCP client, or reboot)"
     )
 
 
@@ -398,11 +399,12 @@ def wait_for_network(interface: str, events: socket.socket, deadline: float) -> 
     """Wait for EVENTS, of rtnetlink(7): a new address of INTERFACE, then its default route."""
     try:
         with time_limit(deadline - time.monotonic()):
-            new = False
-            while not new or interface not in default_interfaces():
-                # struct nlmsghdr, then struct ifaddrmsg, whose index is that of the interface
+            address_seen = False
+            while not address_seen or interface not in default_interfaces():
+                # nlmsghdr: length (4 bytes), type (2), then 10; ifaddrmsg: 4, then the index (4)
                 kind, index = struct.unpack_from("=4xH14xI", events.recv(65536))
-                new = new or (kind == RTM_NEWADDR and index == socket.if_nametoindex(interface))
+                if kind == RTM_NEWADDR and index == socket.if_nametoindex(interface):
+                    address_seen = True
     except ProvisioningError as error:
         raise ProvisioningError(f"the network of {interface} is not back: {error}") from None
 
@@ -431,7 +433,7 @@ def parse_command_line(arguments: List[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="azure_provision.py",
         description="Tell Azure that this VM is ready, and set the hostname that IMDS gives it.",
-        epilog="Exit status: 0 provisioned (or not on Azure, or a dry run), 1 failed, 2 usage.",
+        epilog="Exit status: 0 provisioned (or not on Azure, or a dry run), 1 failed, 2 refused.",
         allow_abbrev=False,
     )
     option = parser.add_argument
@@ -455,7 +457,7 @@ def main(arguments: List[str]) -> int:
             log(NOTICE, f'Not on Azure (the chassis asset tag is "{tag}"): nothing to do')
             return 0
         if os.geteuid() != 0 and not options.dry_run:
-            log(ERROR, "Not root: nothing was sent; run it as root, or try --dry-run")
+            log(ERROR, "Not root: nothing was sent; run it as root, or with --dry-run")
             return 2
     try:
         report_ready(options.wireserver or WIRESERVER, options.dry_run)

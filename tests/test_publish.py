@@ -14,10 +14,8 @@ from tests.harness import Machine, ScriptTest
 
 HEADER = b"Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
 WIRESERVER_ROUTE = b"eth9\t10813FA8\t0104000A\t0007\t0\t0\t5\tFFFFFFFF\t0\t0\t0\n"
-NOTICE = "The hostname will be published at the next boot: "
-UNMANAGED = (
-    "lo is not managed by systemd-networkd, NetworkManager, ifupdown or dhcpcd; reboot, or restart"
-)
+NOTICE = "Hostname not published: "
+UNMANAGED = "lo is not managed by systemd-networkd, NetworkManager, ifupdown or dhcpcd (restart"
 LOOPBACK = 1  # the index of the interface that plays the one that leads to Azure
 
 # Stand-ins that say that they manage the interface.
@@ -182,6 +180,11 @@ class PublishTest(unittest.TestCase):
                 self.routes = routes
                 self.assertEqual(self.publish(networkctl=NETWORKD).calls, [])
                 self.assert_notice("there is no default route")
+
+    def test_routing_table_that_makes_no_sense_costs_a_notice(self) -> None:
+        for self.routes in (HEADER + b"lo\n", HEADER + default_route(b"lo").replace(b"100", b"x")):
+            self.publish(networkctl=NETWORKD)
+            self.assert_notice("")
 
     def test_interface_name_that_is_not_utf_8_reaches_the_client_as_it_is(self) -> None:
         self.routes = HEADER + default_route(b"\xff\xe9th0")

@@ -43,7 +43,7 @@ class ReadmeTest(unittest.TestCase):
             "setting the hostname without hostnamectl",
             "stays enabled for the next boot",
             "The hostname cannot be set: ",
-            "The hostname will be published at the next boot: ",
+            "Hostname not published: ",
             "is not managed by",
             "is not back",
             "will run again",

@@ -57,7 +57,7 @@ class FirstBootTest(ScriptTest):
                 r"^Response: 200 OK$",
                 r"^Hostname: web-prod-01 \(computerName\)$",
                 r"^Hostname set by hostnamectl$",
-                r"^The hostname will be published at the next boot: ",
+                r"^Hostname not published: ",
                 r"^azure-provisioning.service disabled$",
                 r"^Provisioned as web-prod-01 in \d+\.\d\d s$",
             ],

@@ -114,5 +114,5 @@ class StockTest(DhcpBootTest):
             boot = console.finish()
         self.assertEqual((boot.hostname, boot.enabled), ("web-prod-01", "disabled"), boot)
         self.assertEqual(boot.unit["Result"], "success")
-        notice = "<5>The hostname will be published at the next boot: the network of host0 is not"
+        notice = "<5>Hostname not published: the network of host0 is not"
         self.assertTrue(any(line.startswith(notice) for line in boot.lines), boot)

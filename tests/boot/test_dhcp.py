@@ -108,5 +108,5 @@ class DhcpTest(DhcpBootTest):
         self.network.ip("route", "add", "default", "via", "10.0.0.1")
         boot = self.machine().boot(self.network)
         self.assertEqual((boot.hostname, boot.enabled), ("web-prod-01", "disabled"), boot)
-        notice = "<5>The hostname will be published at the next boot: host0 is not managed by"
+        notice = "<5>Hostname not published: host0 is not managed by"
         self.assertTrue(any(line.startswith(notice) for line in boot.lines), boot)
