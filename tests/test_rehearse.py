@@ -193,6 +193,12 @@ class VerdictTest(unittest.TestCase):
         self.assertEqual(title, "reports Ready once")
         self.assertEqual(remark, "rejected with status 400: not this VM's ContainerId")
 
+    def test_not_ready(self) -> None:
+        boot = FakeBoot("golden", "goalstate 200\nhealth 200")
+        body = READY.replace(b"Ready", b"NotReady")
+        boot.requests[-1] = boot.requests[-1]._replace(body=body)
+        self.assertIn("it reported NotReady: <Health>", self.failed([boot])["reports Ready once"])
+
     def test_two_reports(self) -> None:
         boot = FakeBoot("golden myset000000", SOUND + "\nhealth 200")
         failed = self.failed([boot, boot], FakeBoot("myset000000"))
@@ -256,7 +262,10 @@ class PatienceTest(unittest.TestCase):
     def test_first_boot(self) -> None:
         self.assertEqual(self.until(FakeBoot("golden")), float("inf"))
         self.assertEqual(self.until(FakeBoot("golden", SOUND)), 140)
-        self.assertEqual(self.until(FakeBoot("myset000000", SOUND)), 125)
+        self.assertEqual(self.until(FakeBoot("myset000000", SOUND)), 140)
+        done = FakeBoot("myset000000", SOUND)
+        done.prompt_time = 128.0
+        self.assertEqual(self.until(done), 133)
         idle = FakeBoot("golden")
         idle.prompt_time = 130.0
         self.assertEqual(self.until(idle), 160)
@@ -265,6 +274,9 @@ class PatienceTest(unittest.TestCase):
         self.assertEqual(self.until(FakeBoot("golden"), True), float("inf"))
         self.assertEqual(self.until(FakeBoot("myset000000"), True), 120)
         self.assertEqual(self.until(FakeBoot("golden", SOUND), True), 120)
+        done = FakeBoot("myset000000")
+        done.prompt_time = 124.0
+        self.assertEqual(self.until(done, True), 130)
 
 
 class CommandLineTest(unittest.TestCase):
