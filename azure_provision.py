@@ -308,7 +308,8 @@ def run(*command: str, timeout: float) -> str:
                         raise ProvisioningError(f"printed more than {MAX_OUTPUT} bytes")
                     status = process.wait()
             except ProvisioningError:
-                os.killpg(process.pid, signal.SIGKILL)  # its children, too
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(process.pid, signal.SIGKILL)  # its children, too
                 raise
         text = output.decode("latin-1").strip()  # no byte fails here
         if status != 0:
