@@ -179,20 +179,20 @@ def exchange(
     buffer = bytearray(MAX_BODY + 1)
     try:
         with time_limit(RESPONSE_TIMEOUT):
-            connection.request(method, path, body or None, headers)
+            connection.request(method, path, body or None, dict(headers, Connection="close"))
             with connection.getresponse() as response:
+                status_line = f"{response.status} {response.reason}"
+                if response.status not in accept:
+                    raise ProvisioningError(status_line)
                 lengths = response.headers.get_all("Content-Length", [])
-                if len(lengths) > 1 or not all(length.isdecimal() for length in lengths):
+                if len(lengths) > 1 or not all(length.strip().isdecimal() for length in lengths):
                     raise ProvisioningError("the Content-Length is not one number")
                 size = response.readinto(buffer)
                 if size > MAX_BODY:
                     raise ProvisioningError(f"the body has more than {MAX_BODY} bytes")
                 if response.length:
                     raise ProvisioningError(f"the body lacks {response.length} bytes")
-        status_line = f"{response.status} {response.reason}"
-        if response.status not in accept:
-            raise ProvisioningError(status_line)
-    except (OSError, http.client.HTTPException, ValueError, ProvisioningError) as error:
+    except Exception as error:  # http.client raises more than HTTPException and OSError
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ProvisioningError(f"{host}: {method} {path}: {clean(reason)}") from None
     finally:
@@ -267,10 +267,13 @@ def fetch_hostname(imds: str) -> str:
     """
 
     def attempt() -> Tuple[str, str]:
-        path = "/metadata/instance/compute?api-version="
-        status, body = exchange(imds, "GET", path + "2021-02-01", IMDS_HEADERS, (200, 400))
-        if status.startswith("400"):  # Azure Stack Hub and sovereign clouds have an older IMDS
-            _, body = exchange(imds, "GET", path + "2019-06-01", IMDS_HEADERS, (200,))
+        # Azure Stack Hub and sovereign clouds have an older IMDS, which rejects the api-version. It
+        # is asked twice, since the older response has no computer name, and one 400 proves little.
+        for version, accept in (("2021-02-01", (200, 400)),) * 2 + (("2019-06-01", (200,)),):
+            path = f"/metadata/instance/compute?api-version={version}"
+            status, body = exchange(imds, "GET", path, IMDS_HEADERS, accept)
+            if status.startswith("200"):
+                break
         try:
             # int() would take seconds for a million digits; no number is used here
             compute = json.loads(body.decode("utf-8-sig"), parse_int=float)
@@ -337,7 +340,7 @@ def set_hostname(name: str) -> bool:
         # hostnamectl does not fsync, and the unit runs only once. Without O_TRUNC a full disk keeps
         # the old name; with O_NONBLOCK a FIFO is an error.
         flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK
-        with open(os.open(HOSTNAME_FILE, flags, 0o644), "wb", buffering=0) as file:
+        with open(os.open(HOSTNAME_FILE, flags, 0o644), "wb") as file:
             file.write(name.encode("ascii") + b"\n")
             file.truncate()
             os.fsync(file.fileno())
@@ -364,11 +367,11 @@ def publish_hostname() -> None:
         publish = publishing_command(interface, deadline)
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as events:
             events.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE))
-            run(*publish.split(), timeout=deadline - time.monotonic())
+            run(*publish.split(" "), timeout=deadline - time.monotonic())
             wait_for_network(interface, events, deadline)
-        log(INFO, f"Hostname published by {publish}, in {time.monotonic() - started:.2f} s")
+        log(INFO, f"Hostname published by {clean(publish)}, in {time.monotonic() - started:.2f} s")
     except Exception as error:  # whatever it is, the VM is provisioned
-        reason = clean(str(getattr(error, "strerror", error)), 200)
+        reason = clean(str(getattr(error, "strerror", None) or error), 200)
         log(NOTICE, f"Hostname not published: {reason}; DHCP clients send it at the next boot")
 
 
@@ -388,7 +391,7 @@ def publishing_command(interface: str, deadline: float) -> str:
     share = (deadline - time.monotonic()) / (len(DHCP_CLIENTS) + 1)
     for show, managed, publish in DHCP_CLIENTS:
         with contextlib.suppress(ProvisioningError):  # not installed, or not running
-            if re.search(managed, run(*show.format(interface).split(), timeout=share)):
+            if re.search(managed, run(*show.format(interface).split(" "), timeout=share)):
                 return publish.format(interface)
     raise ProvisioningError(
         f"{interface} is not managed by systemd-networkd, NetworkManager, ifupdown or dhcpcd "
@@ -402,9 +405,12 @@ def wait_for_network(interface: str, events: socket.socket, deadline: float) -> 
         with time_limit(deadline - time.monotonic()):
             address_seen = False
             while not address_seen or interface not in default_interfaces():
-                # nlmsghdr: length (4 bytes), type (2), then 10; ifaddrmsg: 4, then the index (4)
-                kind, index = struct.unpack_from("=4xH14xI", events.recv(65536))
-                if kind == RTM_NEWADDR and index == socket.if_nametoindex(interface):
+                try:
+                    # nlmsghdr: length (4 bytes), type (2), then 10; ifaddrmsg: 4, then index (4)
+                    kind, index = struct.unpack_from("=4xH14xI", events.recv(65536))
+                    ours = (index, interface) in socket.if_nameindex()
+                    address_seen = address_seen or (kind == RTM_NEWADDR and ours)
+                except OSError:  # ENOBUFS: more events than fit, so it may be among those lost
                     address_seen = True
     except ProvisioningError as error:
         raise ProvisioningError(f"the network of {interface} is not back: {error}") from None
@@ -481,4 +487,7 @@ def main(arguments: List[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a trial without a traceback
+    # What a parent other than systemd may have left would hide a timeout, or a failure.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

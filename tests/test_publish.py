@@ -1,5 +1,6 @@
 """Which DHCP client is asked to publish the name, and that none of them can fail the run."""
 
+import errno
 import os
 import socket
 import struct
@@ -166,6 +167,12 @@ class PublishTest(unittest.TestCase):
         self.assertIn("published by networkctl", self.lines[0])
         self.assertTrue(0.3 < self.seconds < 1, self.seconds)
 
+    def test_more_events_than_the_kernel_can_keep_are_no_failure(self) -> None:
+        lost = OSError(errno.ENOBUFS, "No buffer space available")
+        with mock.patch.object(Events, "recv", side_effect=lost):
+            self.publish(networkctl=NETWORKD)
+        self.assertIn("published by networkctl", self.lines[0])
+
     def test_machine_without_a_client_costs_a_notice(self) -> None:
         self.publish()
         self.assert_notice(UNMANAGED)
@@ -185,6 +192,14 @@ class PublishTest(unittest.TestCase):
         for self.routes in (HEADER + b"lo\n", HEADER + default_route(b"lo").replace(b"100", b"x")):
             self.publish(networkctl=NETWORKD)
             self.assert_notice("")
+
+    def test_interface_name_cannot_forge_a_line(self) -> None:
+        self.routes = HEADER + default_route(b"lo\x1b[2J\x1c")
+        names = [(LOOPBACK, "lo\x1b[2J\x1c")]
+        with mock.patch.object(socket, "if_nameindex", lambda: names):
+            machine = self.publish(networkctl=NETWORKD)
+        self.assertIn(r"networkctl reconfigure lo\x1b[2J\x1c, in", self.lines[0])
+        self.assertTrue(machine.calls, "it was not asked")
 
     def test_interface_name_that_is_not_utf_8_reaches_the_client_as_it_is(self) -> None:
         self.routes = HEADER + default_route(b"\xff\xe9th0")

@@ -9,7 +9,7 @@ import time
 from typing import Dict, Optional
 from xml.etree import ElementTree
 
-from tests.fake_azure import GOAL_STATE, Chunked, Request, Status, Text
+from tests.fake_azure import GOAL_STATE, OK, Chunked, Raw, Request, Silence, Status, Text
 from tests.harness import ROOT, SCRIPT, Run, ScriptTest, popen
 
 PATH = f"{os.path.dirname(sys.executable)}:/usr/bin:/bin"
@@ -122,6 +122,15 @@ class FirstBootTest(ScriptTest):
         self.assertEqual(len(self.azure.requests), 3)
         self.assertEqual(machine.calls[0], "hostnamectl set-hostname web-prod-02")
 
+    def test_response_without_a_length_is_read_to_its_end(self) -> None:
+        self.azure.script("goalstate", [Raw(OK + b"\r\n" + self.azure.goal_state().encode())])
+        spaced = b"Content-Length: %d \r\n\r\n" % len(compute("web-prod-02"))
+        self.azure.script("compute", [Raw(OK + spaced + compute("web-prod-02").encode())])
+        run = self.provision()
+        self.assertEqual((run.status, len(self.azure.requests)), (0, 3), run.output)
+        for request in self.azure.requests:
+            self.assertEqual(request.headers["Connection"], "close")
+
     def test_any_2xx_accepts_the_health_report(self) -> None:
         for status in (200, 201, 202, 204, 299):
             with self.subTest(status):
@@ -151,8 +160,15 @@ class HostnameTest(ScriptTest):
         self.assertEqual(self.hostname(), "web-prod-01-vm")
         self.assertEqual(
             [request.path for request in self.azure.asked("compute")],
-            [f"/metadata/instance/compute?api-version={v}" for v in ("2021-02-01", "2019-06-01")],
+            [
+                f"/metadata/instance/compute?api-version={version}"
+                for version in ("2021-02-01", "2021-02-01", "2019-06-01")
+            ],
         )
+
+    def test_one_stray_400_does_not_end_in_the_vm_name(self) -> None:
+        self.azure.script("compute", [Status(400)])
+        self.assertEqual(self.hostname(), "web-prod-01")
 
     def test_vm_name_is_used_if_the_snapshot_has_no_computer_name(self) -> None:
         for profile in (None, {}, {"computerName": None}, {"computerName": " \r\n\t"}):
@@ -379,6 +395,19 @@ class OutputTest(ScriptTest):
         for stream in ("8:12345", "", "journal", "8"):
             run = self.provision("--dry-run", environment={"JOURNAL_STREAM": stream})
             self.assertNotRegex(run.output, "(?m)^<[0-9]>")
+
+    def test_blocked_and_ignored_signals_of_the_parent_hide_nothing(self) -> None:
+        self.azure.script("goalstate", [Silence()])
+        machine = self.machine()
+        command = [sys.executable, "-I", str(SCRIPT), "--dry-run", *self.endpoints]
+        parent = (
+            "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM]); "
+            "os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        process = popen([sys.executable, "-c", parent, *command], machine)
+        output, errors = process.communicate(timeout=30)
+        self.assertEqual((process.returncode, errors), (0, ""), output)
+        self.assertIn("timed out after 10 s", output)
 
     def test_closed_standard_output_is_not_a_failure(self) -> None:
         machine = self.machine()

@@ -77,6 +77,10 @@ FAULTS: Dict[str, Tuple[Callable[[], Answer], str]] = {
         r"500 no\\r<3>forged; gave",
     ),
 }
+FAULTS["refusal whose body never comes"] = (
+    lambda: Trickle(b"HTTP/1.1 503 Later\r\nContent-Length: 5\r\n\r\n", b"", 1),
+    " 503 Later",
+)
 for _length in ("0_3", "+3", "-3", "3, 3", "", "\xb2", "3\r\nContent-Length: 4"):
     FAULTS[f"Content-Length {_length!r}"] = (
         functools.partial(Raw, OK + f"Content-Length: {_length}\r\n\r\nweb".encode("latin-1")),
@@ -128,7 +132,7 @@ class FaultTest(ScriptTest):
 
     def setUp(self) -> None:
         super().setUp()
-        patch = mock.patch.object(azure_provision, "RESPONSE_TIMEOUT", 0.3)
+        patch = mock.patch.object(azure_provision, "RESPONSE_TIMEOUT", 0.4)
         patch.start()
         self.addCleanup(patch.stop)
 
@@ -167,7 +171,7 @@ class FaultTest(ScriptTest):
 
     def test_compute_metadata_of_an_old_imds(self) -> None:
         def step() -> None:
-            self.azure._scripts["compute"].insert(0, Status(400))
+            self.azure._scripts["compute"][:0] = [Status(400), Status(400)]
             azure_provision.fetch_hostname(self.azure.imds)
 
         self.each_fault("compute", step)
