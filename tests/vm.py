@@ -19,6 +19,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -104,8 +105,10 @@ def die_with_parent() -> None:
 def has_private_network() -> bool:
     """Whether this user may have a network namespace."""
     try:
-        return subprocess.call([sys.executable, "-c", ""], preexec_fn=enter_private_network) == 0
-    except subprocess.SubprocessError:
+        command = [sys.executable, "-I", "-S", "-c", ""]
+        subprocess.check_call(command, preexec_fn=enter_private_network, start_new_session=True)
+        return True
+    except (OSError, subprocess.SubprocessError):
         return False
 
 
@@ -113,20 +116,20 @@ def has_private_network() -> bool:
 
 
 class DhcpRequest(NamedTuple):
-    """A message of a DHCP client: RFC 2131, RFC 2132, RFC 4702."""
+    """What a DHCP client asks: RFC 2131, RFC 2132, RFC 4702."""
 
     time: float
-    kind: str  # "DISCOVER", "REQUEST" and so on
+    kind: str  # "DISCOVER", "REQUEST" or "INFORM"
     mac: str
     name: str  # option 12, or else 81; empty if there is neither
     client: str  # what the options look like: "systemd-networkd"
 
 
-KINDS = ("DISCOVER", "OFFER", "REQUEST", "DECLINE", "ACK", "NAK", "RELEASE", "INFORM")
+KINDS = {b"\1": "DISCOVER", b"\3": "REQUEST", b"\x08": "INFORM"}  # option 53
 
 
 def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
-    """The DHCP message of a client in an Ethernet frame; None if there is none."""
+    """What a DHCP client asks in an Ethernet frame; None if it is something else."""
     if len(frame) < 34 or frame[12:14] != b"\x08\x00" or frame[23] != socket.IPPROTO_UDP:
         return None
     udp = 14 + 4 * (frame[14] & 15)
@@ -142,12 +145,12 @@ def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
         length = message[position + 1]
         options[message[position]] = message[position + 2 : position + 2 + length]
         position += 2 + length
-    kind = options.get(53, b"")[:1]
-    if not kind or not 1 <= kind[0] <= len(KINDS):
+    kind = KINDS.get(options.get(53, b""))
+    if not kind or options.get(60, b"").startswith(b"PXEClient"):  # the firmware: not the image
         return None
     mac = ":".join(f"{byte:02x}" for byte in message[28:34])
     name = options.get(12, b"") or fqdn(options.get(81, b""))
-    return DhcpRequest(at, KINDS[kind[0] - 1], mac, clean(name), dhcp_client(options))
+    return DhcpRequest(at, kind, mac, clean(name), dhcp_client(options))
 
 
 def fqdn(option: bytes) -> bytes:
@@ -162,13 +165,15 @@ def fqdn(option: bytes) -> bytes:
 
 
 def dhcp_client(options: Dict[int, bytes]) -> str:
-    """Which DHCP client sends such options."""
-    vendor, identifier = clean(options.get(60, b"")), options.get(61, b"")
-    if vendor:
-        return vendor
-    if identifier[:1] == b"\xff":
+    """Which DHCP client sends such options, as far as they tell: some send their name (60)."""
+    wanted = options.get(55, b"")
+    if options.get(60):
+        return clean(options[60])
+    if options.get(61, b"")[5:11] == b"\0\2\0\0\xab\x11":  # systemd's enterprise number
         return "systemd-networkd"
-    return "NetworkManager" if 249 in options.get(55, b"") else "dhclient"
+    if 249 in wanted:
+        return "NetworkManager"
+    return "dhclient" if wanted.startswith(b"\x01\x1c\x02") else "an unknown client"
 
 
 # The console.
@@ -196,15 +201,7 @@ class Image(NamedTuple):
 
 def inspect(path: Path) -> Image:
     """What QEMU makes of the file at PATH; raises VMError if it is not a disk."""
-    try:
-        with open(str(path), "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 512, 0))
-            footer = file.read(512)
-    except OSError as error:
-        raise VMError(f"{path}: {error.strerror}") from None
-    if size < 512:
-        raise VMError(f"{path}: not a disk: it has {size} bytes")
+    footer = read_footer(path)
     options = "file.filename=" + str(path.resolve()).replace(",", ",,")
     if footer.startswith(b"conectix"):  # qemu-img takes a VHD of fixed size for a raw image
         # Azure goes by the size that the footer states, QEMU by its geometry, which is smaller.
@@ -214,6 +211,23 @@ def inspect(path: Path) -> Image:
         options = f"driver={json.loads(found)['format']},{options}"
     found = run("qemu-img", "info", "--force-share", "--output=json", "--image-opts", options)
     return Image(options, json.loads(found)["virtual-size"], json.loads(found)["format"])
+
+
+def read_footer(path: Path) -> bytes:
+    """The last sector of the file at PATH; raises VMError if it is not a file with one."""
+    try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
+            raise VMError(f"{path}: not a disk: neither a file nor a block device")
+        with open(str(path), "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 512, 0))
+            footer = file.read(512)
+    except OSError as error:
+        raise VMError(f"{path}: {error.strerror}") from None
+    if size < 512:
+        raise VMError(f"{path}: not a disk: it has {size} bytes")
+    return footer
 
 
 def run(*command: str) -> str:
@@ -227,6 +241,7 @@ def run(*command: str) -> str:
             universal_newlines=True,
             encoding="utf-8",
             errors="replace",
+            start_new_session=True,  # Ctrl-C is for us alone
         )
     except OSError as error:
         raise VMError(f"{command[0]}: {error.strerror}") from None
@@ -238,6 +253,9 @@ def run(*command: str) -> str:
 
 # The VM.
 
+CPU = {"kvm": ("-accel", "kvm", "-cpu", "host"), "tcg": ("-accel", "tcg", "-cpu", "max")}
+FLASH = "if=pflash,format=raw,readonly=on,file="
+
 
 class Setup(NamedTuple):
     """How this machine is to run a VM."""
@@ -246,8 +264,7 @@ class Setup(NamedTuple):
     accelerator: str = "tcg"  # or "kvm"
     private: bool = True  # in a network of its own
     memory: int = 1024  # MiB
-    qemu: str = "qemu-system-x86_64"
-    firmware: str = "/usr/share/ovmf/OVMF.fd"  # of generation 2
+    firmware: str = "/usr/share/OVMF/OVMF_CODE_4M.fd"  # of generation 2
 
 
 class VM:
@@ -309,20 +326,21 @@ class VM:
         )
         machine = "pc" if setup.generation == 1 else "q35"
         return [
-            setup.qemu,
+            "qemu-system-x86_64",
             *("-nodefaults", "-no-user-config", "-display", "none", "-device", "VGA"),
-            *("-machine", machine, "-accel", setup.accelerator, "-m", str(setup.memory)),
-            *("-cpu", "host" if setup.accelerator == "kvm" else "max"),
-            *(("-bios", setup.firmware) if setup.generation == 2 else ()),
+            *CPU[setup.accelerator],
+            *("-machine", machine, "-m", str(setup.memory)),
+            *(("-drive", FLASH + setup.firmware) if setup.generation == 2 else ()),
             *("-uuid", self.uuid, "-smbios", f"type=3,asset={AZURE_CHASSIS_ASSET_TAG}"),
             *("-chardev", "stdio,id=monitor,signal=off", "-mon", "monitor,mode=control"),
             *("-chardev", f"file,id=console,path=/dev/fd/{console}", "-serial", "chardev:console"),
             *("-netdev", f"user,id=net,{NETWORK}{forward}"),
-            *("-device", f"virtio-net-pci,netdev=net,mac={self.mac}"),
+            *("-device", f"virtio-net-pci,netdev=net,mac={self.mac},romfile="),
             *("-object", f"filter-dump,id=dump,netdev=net,file=/dev/fd/{packets}"),
             "-drive",
-            "if=virtio,cache=unsafe,driver=qcow2,file.filename=disk,"
+            "if=none,id=disk,cache=unsafe,driver=qcow2,file.filename=disk,"
             + ",".join(f"backing.{option}" for option in split_options(self.image.options)),
+            *("-device", "virtio-blk-pci,drive=disk,bootindex=0"),
         ]
 
 
@@ -337,14 +355,17 @@ class Boot:
     def __init__(self, vm: VM) -> None:
         self.vm = vm
         self.errors = Path(vm.path("errors"))  # what QEMU complained of
+        self.requests: List[Request] = []  # to Azure
         self.lines: List[str] = []  # of the console, without control characters
+        self.prompt_time = 0.0  # when the console last asked for a login; 0 if it did not
+        self.seconds = 0.0  # that the power was on, once it is off
+        self.panic = ""  # the line of a kernel panic
         self.dhcp: List[DhcpRequest] = []
         self.off = threading.Event()
         self.resets = 0  # how often the guest rebooted itself
         self._rest = ""  # of the console: the beginning of a line
-        self._first = len(vm.azure.requests)
         self._changed = threading.Condition()
-        vm.azure.on_request = lambda request: self._tell("Azure", describe(request))
+        vm.azure.on_request = self._record
         self.started = time.monotonic()
         pipes = [os.pipe(), os.pipe()]
         inner = [end for _, end in pipes]
@@ -383,11 +404,6 @@ class Boot:
     # What it did.
 
     @property
-    def requests(self) -> List[Request]:
-        """What it asked Azure since the power is on."""
-        return self.vm.azure.requests[self._first :]
-
-    @property
     def console(self) -> str:
         """What it said on the serial port."""
         return "\n".join([*self.lines, clean(self._rest)])
@@ -401,6 +417,11 @@ class Boot:
             self._changed.wait_for(lambda: condition() or self.off.is_set(), timeout)
             return condition()
 
+    def wait_for_change(self, timeout: float) -> None:
+        """Wait until something happens, for at most TIMEOUT seconds."""
+        with self._changed:
+            self._changed.wait(timeout)
+
     def wait_for_console(self, text: str, timeout: float) -> None:
         """Wait until the VM has said TEXT; raises AssertionError if it does not."""
         if not self.wait(lambda: text in self.console, timeout):
@@ -408,10 +429,20 @@ class Boot:
 
     # The power.
 
+    def press_power_button(self) -> None:
+        """Ask the VM to turn itself off."""
+        self._order("system_powerdown")
+
     def shut_down(self, timeout: float) -> bool:
         """Press the power button; return whether the VM turned itself off in TIMEOUT seconds."""
-        self._order("system_powerdown")
+        self.press_power_button()
         return self.wait(self.off.is_set, timeout)
+
+    def check(self) -> None:
+        """Raise VMError if it was QEMU that failed, not the VM that turned itself off."""
+        if self.process.returncode:
+            errors = self.errors.read_text(encoding="utf-8", errors="replace").splitlines()
+            raise VMError(clean(errors[-1] if errors else f"QEMU: {self.process.returncode}"))
 
     def cut_power(self) -> None:
         """Turn the VM off at once; what it has written to its disk stays."""
@@ -429,6 +460,10 @@ class Boot:
 
     # What it says.
 
+    def _record(self, request: Request) -> None:
+        self.requests.append(request)
+        self._tell("Azure", describe(request))
+
     def _tell(self, source: str, text: str) -> None:
         self.vm.listener(time.monotonic(), source, text)
         with self._changed:
@@ -444,8 +479,11 @@ class Boot:
                 *lines, self._rest = (self._rest + decoder.decode(block)).split("\n")
                 for line in lines:
                     self.lines.append(clean(line.rstrip("\r")))
+                    if "Kernel panic" in line:
+                        self.panic = self.lines[-1]
                     self._tell("console", self.lines[-1])
-                self._tell("console", "")
+                if self._rest.rstrip().endswith("login:"):
+                    self.prompt_time = time.monotonic()
 
     def _read_packets(self, descriptor: int) -> None:
         """Read a packet capture as it grows: https://wiki.wireshark.org/Development/LibpcapFileFormat."""
@@ -456,7 +494,8 @@ class Boot:
                 request = parse_dhcp(frame, time.monotonic())
                 if request:
                     self.dhcp.append(request)
-                    self._tell("DHCP", f"{request.kind} from {request.client}: {request.name}")
+                    name = request.name or "without a name"
+                    self._tell("DHCP", f"{request.kind} {name} ({request.client})")
 
     def _read_monitor(self) -> None:
         """Read QEMU's events; the stream ends with QEMU."""
@@ -468,5 +507,6 @@ class Boot:
                 self.resets += 1
                 self._tell("VM", "reset")
         self.process.wait()
+        self.seconds = time.monotonic() - self.started
         self.off.set()
         self._tell("VM", "off")

@@ -68,6 +68,7 @@ class Tree:
     ) -> None:
         self.directory = directory
         self.root = directory / "root"
+        directory.mkdir(parents=True, exist_ok=True)
         kernel = KERNEL if suite == "bookworm" else ("kmod", "udev")
         original = image("disk", suite, [*PACKAGES, *kernel, *packages])
         command("cp", "--archive", "--reflink=auto", original, self.root)

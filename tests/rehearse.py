@@ -1,0 +1,623 @@
+"""Boot a disk image as Azure would boot it, against a fake Azure, and tell whether it provisions.
+
+The image boots unchanged as two VMs, and one of them once more. It is judged from the platform's
+side alone: by its DHCP requests, its HTTP requests and its serial console. So it may have any
+provisioning agent. QEMU is all that this needs; no privileges, no network.
+"""
+
+import argparse
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
+
+from tests.fake_azure import FakeAzure, Request, Reset, Status
+from tests.vm import (
+    CPU,
+    VM,
+    Boot,
+    Setup,
+    VMError,
+    clean,
+    die_with_parent,
+    has_private_network,
+    inspect,
+    read_footer,
+    run,
+)
+
+# The command that is missing, and its package in Debian.
+PACKAGES = {"qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils"}
+
+# The code of EFI firmware without Secure Boot; it keeps its variables in memory.
+FIRMWARE = (
+    "/usr/share/OVMF/OVMF_CODE_4M.fd",  # Debian, Ubuntu
+    "/usr/share/OVMF/OVMF_CODE.fd",  # Debian 11, Ubuntu 20.04
+    "/usr/share/edk2/ovmf/OVMF_CODE.fd",  # Fedora, RHEL
+    "/usr/share/edk2/x64/OVMF_CODE.4m.fd",  # Arch
+    "/usr/share/qemu/ovmf-x86_64-code.bin",  # openSUSE
+    "/usr/share/edk2-ovmf/OVMF_CODE.fd",  # Gentoo
+    "/usr/share/qemu/edk2-x86_64-code.fd",  # QEMU itself, Alpine
+)
+
+# A boot sector that ends QEMU: mov al, 16; out 0xf4, al; hlt. The status is 2 * 16 + 1.
+PROBE = b"\xb0\x10\xe6\xf4\xf4".ljust(510, b"\0") + b"\x55\xaa"
+PROBE_STATUS, PROBE_TIMEOUT = 33, 3  # seconds
+
+POWER_OFF_TIMEOUT = 20  # seconds; long enough for a journal of 5 s to reach the disk
+MAX_LINES = 300  # that one boot may show
+CONSOLE_LINES = 6  # of trouble, and of the end, that are shown with a verdict
+SYSTEM = re.compile(r"Linux version |\[ *\d+\.\d{6}\] |systemd|login:")
+TROUBLE = re.compile(r"FAILED|Error\b|Kernel panic|Failed to|azure-provisioning\[")
+
+# Resources of IMDS whose answer holds the computer name.
+NAMES = ("computerName", "osProfile", "compute", "instance")
+
+# Agents by their User-Agent or x-ms-agent-name; cloud-init calls itself WALinuxAgent in the latter.
+AGENTS = ("cloud-init", "afterburn", "azure-init", "walinuxagent", "custom-provisioning")
+
+
+class StoppedError(Exception):
+    """The user, or whoever read our output, wants no more; `status` is the exit status."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.status = 128 + number
+
+
+# What the user sees.
+
+
+class Display:
+    """Lines on standard output, and below them how far it is, if that is a terminal."""
+
+    def __init__(self) -> None:
+        self.terminal = os.isatty(1)
+        self.signal = 0
+        self._lock = threading.RLock()
+        self._progress = ""
+
+    def line(self, text: str = "") -> None:
+        """Print a line; called from any thread."""
+        with self._lock:
+            self._write(f"{self._erase()}{text}\n{self._progress}")
+
+    def progress(self, text: str) -> None:
+        """Show TEXT below the lines, on a terminal."""
+        with self._lock:
+            if self.terminal:
+                width = shutil.get_terminal_size().columns - 1
+                erase, self._progress = self._erase(), text[:width]
+                self._write(erase + self._progress)
+
+    def _erase(self) -> str:
+        return "\r\x1b[K" if self._progress else ""
+
+    def _write(self, text: str) -> None:
+        encoding = (sys.stdout and sys.stdout.encoding) or "ascii"
+        data = text.encode(encoding, "backslashreplace")
+        try:
+            while data:
+                data = data[os.write(1, data) :]
+        except OSError:  # nobody reads it
+            self.signal = self.signal or signal.SIGPIPE
+
+    def stop(self, number: int, frame: Any) -> None:
+        """Have the next tick() stop the rehearsal: a handler of signals."""
+        self.signal = number
+
+    def tick(self) -> None:
+        """Raise StoppedError if it is time to."""
+        if self.signal:
+            raise StoppedError(self.signal)
+
+
+# How a VM can be run here.
+
+
+def check_tools() -> None:
+    """Raise VMError if there is no QEMU."""
+    for command, package in PACKAGES.items():
+        if not shutil.which(command):
+            raise VMError(f"{command} is not installed (in Debian: apt install {package})")
+
+
+def find_setup(options: argparse.Namespace) -> Tuple[Setup, str]:
+    """How to run the VMs, and a line that tells it; raises VMError if it cannot be done."""
+    firmware = next((path for path in FIRMWARE if os.path.exists(path)), "")
+    if options.generation == 2 and not firmware:
+        raise VMError("there is no EFI firmware (in Debian: apt install ovmf)")
+    problem = "--accel" if options.accel == "tcg" else kvm_problem()
+    if problem and options.accel == "kvm":
+        raise VMError(f"--accel kvm: {problem}")
+    private = has_private_network()
+    how = f"plain emulation ({problem})" if problem else "KVM"
+    network = "a private network" if private else "the guest can reach this machine's network"
+    accelerator = "tcg" if problem else "kvm"
+    setup = Setup(options.generation, accelerator, private, options.memory, firmware=firmware)
+    return setup, f"{how}, {network}"
+
+
+def kvm_problem() -> str:
+    """Why KVM does not run a guest here; empty if it does. That /dev/kvm opens proves little."""
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR))
+    except OSError as error:
+        return f"/dev/kvm: {error.strerror}"
+    with tempfile.TemporaryFile() as disk:
+        disk.write(PROBE)
+        disk.flush()
+        devices = ("-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-nodefaults")
+        drive = ("-drive", f"file=/dev/fd/{disk.fileno()},format=raw,readonly=on")
+        probe = subprocess.Popen(
+            ["qemu-system-x86_64", *CPU["kvm"], *devices, *drive, "-display", "none"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[disk.fileno()],
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        try:
+            works = probe.wait(PROBE_TIMEOUT) == PROBE_STATUS
+        except subprocess.TimeoutExpired:
+            works = False
+            probe.kill()
+            probe.wait()
+    return "" if works else "/dev/kvm does not run a guest"
+
+
+def check_bootable(path: Path) -> str:
+    """What the image at PATH is, in words; raises VMError if nothing could boot it."""
+    image = inspect(path)
+    with tempfile.TemporaryDirectory(prefix="azure-vm-") as directory:
+        sector = Path(directory, "sector")
+        words = ("dd", "--force-share", "--image-opts", "-O", "raw", "bs=512", "count=1")
+        run("qemu-img", *words, f"if={image.options}", f"of={sector}")
+        if sector.read_bytes()[510:512] != PROBE[510:512]:
+            raise VMError(
+                f"{path}: not a disk: no boot signature in its first sector ({image.format})"
+            )
+    return f"{image.format}, {image.size / 2**20:,.0f} MiB"
+
+
+def add_faults(azure: FakeAzure) -> None:
+    """Have the platform be absent, then reject, then recover."""
+    azure.script("goalstate", [*[Reset() for _ in range(8)], Status(503), Status(429)])
+    azure.script("health", [Status(500), Status(503)])
+    for resource in NAMES:
+        azure.script(resource, [Reset(), Status(404), Status(429), Status(503)])
+
+
+# The rehearsal.
+
+
+class Rehearsal:
+    """The boots of an image, as far as it came to them."""
+
+    def __init__(self, options: argparse.Namespace, setup: Setup, display: Display) -> None:
+        self.options, self.setup, self.display = options, setup, display
+        self.boots: List[Boot] = []  # the first boot of each VM
+        self.reboot: Optional[Boot] = None  # the second boot of the second VM
+        self.fates: Dict[Boot, str] = {}  # why a VM ended early
+        self._lines = 0
+        self._started = 0.0
+
+    def run(self) -> None:
+        """Boot two VMs, and the second one again; stop where that could tell nothing more."""
+        for number in range(2):
+            self.display.tick()
+            setup, name = self.setup, self.options.name
+            with VM(self.options.image, setup, number, name, self.show) as vm:
+                if self.options.faults:
+                    add_faults(vm.azure)
+                with self.power_on(vm, f"VM {number + 1}, first boot") as boot:
+                    self.boots.append(boot)
+                    self.watch(boot, first_deadline)
+                    if not ready_time(boot):
+                        return
+                    if number == 0:
+                        continue
+                    self.shut_down(boot)
+                with self.power_on(vm, f"VM {number + 1}, second boot") as self.reboot:
+                    self.watch(self.reboot, second_deadline)
+
+    def power_on(self, vm: VM, title: str) -> Boot:
+        self.display.line(f"\n{title} (MAC address {vm.mac}, name {vm.azure.computer_name})")
+        self._title, self._lines, self._started = title, 0, time.monotonic()
+        return vm.boot()
+
+    def show(self, at: float, source: str, text: str) -> None:
+        """Show what happens; the console only as far as our own script speaks on it."""
+        if source == "console":
+            if self.options.console:
+                self.options.console.write(text + "\n")
+                self.options.console.flush()
+            said = re.search(r"azure-provisioning\[\d+\]: (.*)|(Kernel panic.*)", text)
+            if not said:
+                return
+            text = said.group(1) or said.group(2)
+        self._lines += 1
+        if self._lines <= MAX_LINES:
+            self.display.line(f"{at - self._started:7.1f} s  {source:<7}  {text:.150}")
+            if self._lines == MAX_LINES:
+                self.display.line("           (further lines are not shown)")
+
+    def watch(self, boot: Boot, deadline: Callable[[Boot], float]) -> None:
+        """Watch BOOT until nothing more is to be expected of it."""
+        latest = boot.started + self.options.timeout
+        while True:
+            now = time.monotonic()
+            remaining = min(deadline(boot), latest) - now
+            if remaining <= 0 or boot.off.is_set() or boot.panic:
+                break
+            self.display.tick()
+            self.display.progress(f"{now - boot.started:7.0f} s  {self._title}: {awaited(boot)}")
+            boot.wait_for_change(min(remaining, 0.5))
+        self.display.progress("")
+        if boot.panic:
+            self.fates[boot] = boot.panic
+        elif boot.off.is_set():
+            boot.check()
+            self.fates[boot] = f"the VM turned itself off {seconds(boot, time.monotonic())}"
+
+    def shut_down(self, boot: Boot) -> None:
+        """Turn the VM off by its power button, as Azure does, or else by a power cut."""
+        now = pressed = time.monotonic()
+        boot.press_power_button()
+        end = now + POWER_OFF_TIMEOUT
+        while not boot.off.is_set() and now < end:
+            self.display.tick()
+            boot.wait_for_change(0.5)
+            now = time.monotonic()
+            if now - pressed > POWER_OFF_TIMEOUT / 4:  # nobody may have been there to notice
+                pressed = now
+                boot.press_power_button()
+        if not boot.off.is_set():
+            self.display.line("           The VM ignores its power button: its power is cut.")
+
+
+# What is awaited of a VM. Patience goes by the VM's own pace: emulation is ten times slower.
+
+
+def ready_time(boot: Boot) -> float:
+    """When Azure accepted that the VM is ready; 0 if it did not."""
+    return next((request.time for request in boot.requests if is_ready(request)), 0)
+
+
+def is_ready(request: Request) -> bool:
+    accepted = request.resource == "health" and request.status == 200
+    return accepted and b">Ready<" in request.body
+
+
+def named_time(boot: Boot) -> float:
+    """When it asked DHCP with the computer name; 0 if it did not."""
+    name = str(boot.vm.azure.computer_name).lower()
+    return next((r.time for r in boot.dhcp if r.name.lower().split(".")[0] == name), 0)
+
+
+def last_event(boot: Boot) -> float:
+    return max(
+        boot.started,
+        boot.prompt_time,
+        *(request.time for request in boot.requests),
+        *(request.time for request in boot.dhcp),
+    )
+
+
+def first_deadline(boot: Boot) -> float:
+    """Until when a first boot is worth watching, on the clock.
+
+    An agent may be done long before the boot is, and a VM that is still booting ignores its power
+    button: hence the login prompt, and more patience where there is none.
+    """
+    ready, prompt = ready_time(boot), boot.prompt_time
+    if not ready and not prompt:
+        return math.inf
+    pace = (ready or prompt) - boot.started
+    finished = ready and named_time(boot) and prompt
+    return last_event(boot) + (max(5, pace / 4) if finished else max(10, pace))
+
+
+def second_deadline(boot: Boot) -> float:
+    """Until when a second boot is worth watching, on the clock."""
+    if ready_time(boot):
+        return ready_time(boot)
+    if not named_time(boot) and not boot.prompt_time:
+        return math.inf
+    last = last_event(boot)
+    pace = last - boot.started
+    finished = named_time(boot) and boot.prompt_time
+    return last + (max(5, pace / 4) if finished else max(10, pace / 2))
+
+
+def awaited(boot: Boot) -> str:
+    """What BOOT has not done yet."""
+    if not boot.dhcp:
+        return "waiting for a DHCP request"
+    if ready_time(boot):
+        return "waiting for more" if named_time(boot) else "waiting for its name in DHCP"
+    return "waiting for Ready" if boot.requests else "waiting for a request to Azure"
+
+
+def seconds(boot: Boot, at: float) -> str:
+    return f"after {at - boot.started:.1f} s"
+
+
+# The checks, in the order in which they are shown: each returns what it found, and a remark.
+
+Outcome = Tuple[str, str]
+OK, FAIL, UNKNOWN = "ok", "FAIL", "?"
+NOT_REACHED = (UNKNOWN, "the rehearsal did not get that far")
+
+
+def asks_dhcp(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+    if boot.dhcp:
+        return OK, f"{seconds(boot, boot.dhcp[0].time)}, by {boot.dhcp[0].client}"
+    reason = (
+        "there is no DHCP client, or its configuration is bound to another MAC address or "
+        "interface name (eth0 on Azure, not here)"
+    )
+    if not SYSTEM.search(boot.console):
+        generation = 3 - rehearsal.setup.generation
+        reason = f"no kernel on the console either: does it boot? try --generation {generation}"
+    reason = rehearsal.fates.get(boot, reason)
+    return FAIL, f"no DHCP request {watched(boot)}: {reason}"
+
+
+def watched(boot: Boot) -> str:
+    return f"within {boot.seconds:.0f} s"
+
+
+def requests_goal_state(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+    if not boot.dhcp and not boot.requests:
+        return NOT_REACHED
+    asked = [request for request in boot.requests if request.resource == "goalstate"]
+    refused = [request.reason for request in asked if request.reason]
+    if refused:
+        return FAIL, f"refused: {refused[0]}"
+    if asked:
+        return OK, seconds(boot, asked[0].time)
+    reason = "its unit is not enabled or cannot start, or a firewall blocks it: see its console"
+    reason = rehearsal.fates.get(boot, reason)
+    return FAIL, f"it asks DHCP but sends no request {watched(boot)}: {reason}"
+
+
+def reports_ready(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+    reports = [request for request in boot.requests if request.resource == "health"]
+    refused = [request for request in reports if request.reason]
+    count = sum(map(is_ready, reports))
+    if not boot.requests:
+        return NOT_REACHED
+    if refused:
+        return FAIL, f"rejected with status {refused[0].status}: {refused[0].reason}"
+    if not count:
+        reason = rehearsal.fates.get(boot, "see its console")
+        if reports and b">NotReady<" in reports[-1].body:
+            reason = f"it reported NotReady: {clean(reports[-1].body):.300}"
+        return FAIL, f"no Ready {watched(boot)}: {reason}"
+    if count > 1:
+        return FAIL, f"it reported Ready {count} times"
+    return OK, seconds(boot, ready_time(boot))
+
+
+def takes_computer_name(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+    azure = boot.vm.azure
+    asked = [request for request in boot.requests if request.path.startswith("/metadata/")]
+    if not ready_time(boot) and not asked:
+        return NOT_REACHED
+    wanted = f"compute/osProfile/computerName, {azure.computer_name}"
+    sent = {request.name for request in boot.dhcp}
+    taken = sent & {str(azure.vm_name), str(azure.vm_name).replace("_", "")}
+    if taken:
+        return FAIL, f"it took {taken.pop()}, after the name of the resource, not {wanted}"
+    answered = [request for request in asked if request.resource in NAMES and request.status == 200]
+    if answered:
+        return OK, f"{azure.computer_name}, from {answered[-1].path.split('?')[0]}"
+    instead = ", ".join(sorted({request.path.split("?")[0] for request in asked})) or "nothing"
+    return FAIL, f"it asked IMDS for {instead}, not for {wanted}"
+
+
+def publishes_name(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+    if named_time(boot):
+        return OK, seconds(boot, named_time(boot))
+    if not rehearsal.reboot or not boot.dhcp:
+        return NOT_REACHED
+    last = boot.dhcp[-1]
+    client = f"its DHCP client seems to be {last.client}"
+    if named_time(rehearsal.reboot):
+        return FAIL, f"only after a reboot; {client}, which still sent {last.name!r}"
+    return FAIL, f"not even after a reboot; {client}, which sent {last.name!r}"
+
+
+def speaks(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+    if SYSTEM.search(boot.console):
+        return OK, f"{len(boot.lines)} lines"
+    return FAIL, "Azure's boot diagnostics will be empty: the kernel needs console=ttyS0"
+
+
+def is_the_only_agent(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+    agents = sorted(filter(None, {agent(request) for request in boot.requests}))
+    if len(agents) > 1:
+        return FAIL, f"{len(agents)} agents talk to Azure: {', '.join(agents)}; leave one enabled"
+    if not boot.requests:
+        return NOT_REACHED
+    return OK, agents[0] if agents else "it does not name itself"
+
+
+def agent(request: Request) -> str:
+    """The agent that sent REQUEST, by what it calls itself or by what no other agent asks for."""
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    for called in (headers.get("user-agent", ""), headers.get("x-ms-agent-name", "")):
+        known = [name for name in AGENTS if name in called.lower()]
+        if known:
+            return known[0]
+    if request.resource in ("versions", "telemetrydata"):
+        return "walinuxagent"
+    return clean(headers.get("x-ms-agent-name", ""))
+
+
+def second_vm_is_the_same(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+    if len(rehearsal.boots) < 2:
+        return NOT_REACHED
+    for title, check in VM_CHECKS:
+        first, second = (check(each, rehearsal) for each in rehearsal.boots)
+        if first[0] != second[0]:
+            return FAIL, f"{title}: VM 1 {first[0]} {first[1]}; VM 2 {second[0]} {second[1]}"
+    return OK, ""
+
+
+def is_silent_after_a_reboot(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+    reboot = rehearsal.reboot
+    if not reboot:
+        return NOT_REACHED
+    if ready_time(reboot):
+        return FAIL, "it reported Ready again: the unit was not disabled (a read-only root?)"
+    if not reboot.dhcp:
+        return FAIL, f"no DHCP request {watched(reboot)}"
+    if not named_time(reboot):
+        name = str(reboot.vm.azure.computer_name)
+        return FAIL, f"it asks DHCP with the name {reboot.dhcp[-1].name!r}, not {name!r}"
+    asked = [request for request in reboot.requests if request.path.startswith("/metadata/")]
+    if len(asked) < len(reboot.requests):
+        return FAIL, "it asks the WireServer at each boot: the unit was not disabled"
+    return OK, f"but for requests to IMDS: {len(asked)}" if asked else ""
+
+
+Check = Callable[[Boot, Rehearsal], Outcome]
+
+VM_CHECKS: List[Tuple[str, Check]] = [
+    ("asks DHCP", asks_dhcp),
+    ("requests the goal state", requests_goal_state),
+    ("reports Ready once", reports_ready),
+    ("takes the computer name", takes_computer_name),
+    ("publishes it in DHCP", publishes_name),
+    ("speaks on the console", speaks),
+    ("is the only agent", is_the_only_agent),
+]
+CHECKS: List[Tuple[str, Check]] = [
+    *VM_CHECKS,
+    ("second VM is the same", second_vm_is_the_same),
+    ("silent after a reboot", is_silent_after_a_reboot),
+]
+
+
+def excerpt(lines: List[str]) -> List[str]:
+    """The lines of a console that may tell what went wrong, and its last lines."""
+    lines = [text for text in lines if text.strip()]
+    trouble = [text for text in lines[:-CONSOLE_LINES] if TROUBLE.search(text)]
+    return trouble[-CONSOLE_LINES:] + lines[-CONSOLE_LINES:]
+
+
+def verdict(rehearsal: Rehearsal) -> int:
+    """Tell what came out; return the exit status."""
+    boot, line = rehearsal.boots[0], rehearsal.display.line
+    outcomes = [(title, *check(boot, rehearsal)) for title, check in CHECKS]
+    failed = [title for title, state, _ in outcomes if state == FAIL]
+    line()
+    for title, state, remark in outcomes:
+        line(f"  {state:<4}  {title:<23}  {remark}".rstrip())
+    last = rehearsal.boots[-1]
+    if not ready_time(last) and last.console.strip():
+        line("\nFrom its console:")
+        for text in excerpt(last.console.splitlines()):
+            line(f"  | {text:.150}")
+    ready = len(rehearsal.boots) == 2 and all(map(ready_time, rehearsal.boots))
+    result = "It will provision." if ready else "It will not provision."
+    if ready and failed:
+        result = "It will provision, but not correctly."
+    line(f"\n{result}")
+    return 1 if failed else 0
+
+
+# The command line.
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say in one line what is wrong, and end with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def number(low: int, high: int) -> Callable[[str], int]:
+    """A converter to a number from LOW to HIGH."""
+
+    def convert(text: str) -> int:
+        if not re.match(r"[0-9]{1,9}\Z", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"not a number from {low} to {high}: {text!r}")
+        return int(text)
+
+    return convert
+
+
+def name(text: str) -> str:
+    if not re.match(r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z", text):  # and six digits: hostname(7)
+        raise argparse.ArgumentTypeError(f"not the beginning of a hostname: {text!r}")
+    return text
+
+
+def parse_command_line(arguments: List[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python3 -m tests.rehearse",
+        description=str(__doc__),
+        epilog="Exit status: 0 it will provision; 1 it will not, or not correctly; 2 usage.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    option = parser.add_argument
+    option("image", metavar="IMAGE", type=Path, help="a disk: raw, qcow2, vhd, vhdx and so on")
+    option("--generation", type=int, choices=(1, 2), default=1, help="BIOS (1) or EFI (2); [1]")
+    option("--name", type=name, default="rehearsal", help="of the scale set [rehearsal]")
+    option("--timeout", type=number(1, 7200), default=180, metavar="S", help="for each boot [180]")
+    option("--memory", type=number(64, 1 << 20), default=1024, metavar="MIB", help="[1024]")
+    option("--faults", action="store_true", help="Azure is absent, then rejects, then recovers")
+    option("--console", type=Path, metavar="FILE", help="write what the VMs say on ttyS0 there")
+    option("--accel", choices=("kvm", "tcg"), help="KVM, or plain emulation [KVM if it works]")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: List[str]) -> int:
+    """Rehearse; return the exit status."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: no file of ours is to take its place
+            os.open(os.devnull, os.O_RDWR)
+    options = parse_command_line(arguments)
+    display = Display()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, display.stop)
+    try:
+        read_footer(options.image)
+        check_tools()
+        found, setup = check_bootable(options.image), find_setup(options)
+        if options.console:
+            if options.console.exists() and options.console.samefile(options.image):
+                raise VMError(f"--console {options.console} is the image")
+            options.console = options.console.open("w", encoding="utf-8", errors="replace")
+        image = clean(str(options.image))
+        display.line(f"{image}: {found}, generation {options.generation}; {setup[1]}")
+        rehearsal = Rehearsal(options, setup[0], display)
+        rehearsal.run()
+        return verdict(rehearsal)
+    except (OSError, VMError) as error:
+        display.progress("")
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        os.write(2, f"python3 -m tests.rehearse: {clean(reason)}\n".encode("ascii", "replace"))
+        return 2
+    except StoppedError as stopped:
+        display.progress("")
+        display.line("Stopped.")
+        return stopped.status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
