@@ -1,0 +1,260 @@
+"""The README's recipes, run as they are printed there, up to VMs that provision.
+
+`python3 -m unittest tests.boot.recipes`, as root; minutes, most of them in VMs under emulation.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import tempfile
+import unittest
+from pathlib import Path
+from typing import FrozenSet, List, NamedTuple
+
+from tests.boot.disk import Tree, missing
+from tests.boot.host import command
+from tests.harness import INSTALLER, ROOT, SCRIPT, UNIT_FILE
+from tests.vm import VM, run, split_options
+
+
+TIMEOUT = 600  # seconds, for what a VM does under emulation
+
+# What such a VM on Azure has: Debian's cloud-init and waagent, which the recipe removes.
+AGENTS = ("cloud-init", "waagent", "netplan.io", "isc-dhcp-client", "openssh-server")
+
+
+def readme() -> str:
+    texts = [p.read_text(encoding="utf-8") for p in ROOT.glob("RE*.md")]
+    return next(text for text in texts if "### From a live VM" in text)
+
+
+def blocks(heading: str, language: str) -> List[str]:
+    """The fenced blocks of a section of the README."""
+    section = readme().split(f"### {heading}\n")[1].split("\n##")[0]
+    return [str(text) for text in re.findall(rf"(?ms)^```{language}\n(.*?)^```$", section)]
+
+
+def live_recipe() -> str:
+    return blocks("From a live VM", "sh")[0]
+
+
+def copy_project(directory: Path) -> None:
+    """Copy what install.sh needs, with the recipe beside it."""
+    directory.mkdir(parents=True)
+    for file in (INSTALLER, SCRIPT, UNIT_FILE):
+        shutil.copy(str(file), str(directory))
+    (directory / "recipe.sh").write_text(live_recipe(), encoding="utf-8")
+
+
+class RecipeTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        absent = missing() if os.geteuid() == 0 else ["root"]
+        if absent:
+            raise unittest.SkipTest(f"the recipes need {', '.join(absent)}")
+
+    def setUp(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="azure-recipe-"))
+        self.addCleanup(shutil.rmtree, str(self.directory), ignore_errors=True)
+
+
+class PackerTest(RecipeTest):
+    """The Packer recipe, in a container that stands for the VM that Packer is logged in to."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        (self.text,) = blocks("With Packer", "hcl")
+
+    def log_in(self) -> None:
+        self.tree = Tree(self.directory, ("python3", *AGENTS))
+        self.tmp = self.directory / "tmp"
+        copy_project(self.tmp / "azure-provision")
+        self.tree.write("usr/bin/sudo", '#!/bin/sh\nexec "$@"\n')
+        (self.tree.root / "usr/bin/sudo").chmod(0o755)
+
+    def inline(self) -> List[str]:
+        found = re.search(r"(?ms)^ +inline = \[\n(.*?)^ +\]", self.text)
+        assert found is not None
+        return [json.loads(line.strip().rstrip(",")) for line in found.group(1).splitlines()]
+
+    def provision(self) -> "subprocess.CompletedProcess[str]":
+        """What Packer's shell provisioner does: https://developer.hashicorp.com/packer/docs/provisioners/shell."""
+        script = "\n".join(["#!/bin/sh -e", *self.inline(), ""])
+        (self.tmp / "script_1234.sh").write_text(script, encoding="utf-8")
+        found = re.search(r'execute_command += (".*")', self.text)
+        assert found is not None
+        execute = json.loads(found.group(1))
+        execute = execute.replace("{{ .Path }}", "/tmp/script_1234.sh")
+        execute = execute.replace("{{ .Vars }}", "PACKER_BUILD_NAME='image'")
+        self.assertNotIn("{{", execute)
+        nspawn = "systemd-nspawn --quiet --pipe --register=no --keep-unit --private-network".split()
+        name = f"--machine={self.directory.name}"
+        where = (f"--bind={self.tmp}:/tmp", f"--directory={self.tree.root}", name)
+        return subprocess.run(
+            [*nspawn, *where, "/bin/sh", "-c", execute],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
+        )
+
+    def test_inline_lines_are_those_of_the_live_recipe(self) -> None:
+        self.assertEqual(self.inline(), live_recipe().splitlines())
+
+    def test_installer_that_refuses_fails_the_build(self) -> None:
+        self.log_in()
+        mask = self.tree.root / "etc/systemd/system/azure-provisioning.service"
+        mask.symlink_to("/dev/null")
+        done = self.provision()
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertIn("masks the unit", done.stdout)
+        self.assertNotEqual(list(self.tree.root.glob("etc/ssh/ssh_host_*")), [], "it went on")
+
+        mask.unlink()
+        done = self.provision()
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn("No problem was found in this machine.", done.stdout)
+        self.assertEqual(list(self.tree.root.glob("etc/ssh/ssh_host_*")), [])
+        command(INSTALLER, "--check", DESTDIR=self.tree.root)
+
+
+# Says on the console which machine this is.
+IDENTITY_UNIT = """\
+[Unit]
+After=ssh.service systemd-machine-id-commit.service
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'for key in /etc/ssh/ssh_host_*_key.pub; do ssh-keygen -lf "$key"; done'
+ExecStart=/bin/sh -c 'echo "machine-id $(cat /etc/machine-id), sshd $(systemctl is-active ssh)"'
+SyslogIdentifier=identity
+StandardOutput=journal+console
+StandardError=journal+console
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# The builder, once cloud-init is done: what an engineer would do who is logged in.
+BUILD_UNIT = """\
+[Unit]
+After=cloud-final.service walinuxagent.service identity.service
+
+[Service]
+Type=oneshot
+WorkingDirectory=/root/azure-provision
+ExecStart=/bin/sh /root/build
+SyslogIdentifier=build
+StandardOutput=journal+console
+StandardError=journal+console
+
+[Install]
+WantedBy=cloud-init.target
+"""
+BUILD = """\
+cat /etc/netplan/50-cloud-init.yaml
+sh -e recipe.sh
+echo "recipe: status $?"
+systemctl --quiet disable build.service
+rm -rf /root/azure-provision /root/build /etc/systemd/system/build.service
+sync
+systemctl poweroff
+"""
+
+
+class Identity(NamedTuple):
+    """What no two VMs of an image may share."""
+
+    machine_id: str
+    host_keys: FrozenSet[str]
+
+
+def identities(console: str) -> List[Identity]:
+    """Those that were said on the console, one of each boot."""
+    found, keys = [], set()
+    for line in console.splitlines():
+        said = re.search(r"identity\[\d+\]: (?:\d+ (SHA256:\S+) |machine-id (\w+), sshd active)", line)
+        if said and said.group(1):
+            keys.add(said.group(1))
+        elif said:
+            found.append(Identity(said.group(2), frozenset(keys)))
+            keys.clear()
+    return found
+
+
+class ImageTest(RecipeTest):
+    """A recipe that makes an image."""
+
+    def rehearse(self, disk: Path, *options: str) -> List[Identity]:
+        """Rehearse DISK; return who its VMs are, by boot: the first, the second, the second again."""
+        console = self.directory / "console"
+        tool = (sys.executable, "-m", "tests.rehearse", str(disk), "--console", str(console))
+        done = subprocess.run(
+            [*tool, *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
+            cwd=str(ROOT),
+        )
+        note(done.stdout)
+        said = console.read_text(encoding="utf-8")
+        self.assertEqual(done.returncode, 0, f"{done.stdout}\n{said}")
+        self.assertIn("It will provision.", done.stdout)
+        return identities(said)
+
+    def assert_distinct(self, found: List[Identity], *others: Identity) -> None:
+        """Each VM has an identity of its own, and keeps it."""
+        self.assertEqual(len(found), 3, found)
+        first, second, again = found
+        self.assertEqual(second, again)
+        everyone = [first, second, *others]
+        keys = [key for each in everyone for key in each.host_keys]
+        self.assertTrue(all(each.host_keys for each in everyone), everyone)
+        self.assertEqual(len(set(keys)), len(keys), everyone)
+        self.assertEqual(len({each.machine_id for each in everyone}), len(everyone), everyone)
+
+
+def note(text: str) -> None:
+    """Write to the file BOOT_FIGURES, if there is one."""
+    path = os.environ.get("BOOT_FIGURES")
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            print(text, file=file)
+
+
+def show(at: float, source: str, text: str) -> None:
+    """Note what a VM does: a listener."""
+    note(f"{at:10.1f} {source}: {text}")
+
+
+def capture(vm: VM, image: Path) -> None:
+    """Make an image of the disk of a VM that is off."""
+    options = ["driver=qcow2", "file.filename=" + vm.path("disk")]
+    options += [f"backing.{option}" for option in split_options(vm.image.options)]
+    run("qemu-img", "convert", "--image-opts", ",".join(options), "-O", "qcow2", str(image))
+
+
+class LiveTest(ImageTest):
+    def test_vm_of_cloud_init_becomes_an_image_whose_vms_provision(self) -> None:
+        tree = Tree(self.directory / "tree", ("python3", *AGENTS))
+        tree.write("etc/cloud/cloud.cfg.d/90-azure.cfg", "datasource_list: [ Azure ]\n")
+        tree.write("etc/systemd/system/identity.service", IDENTITY_UNIT)
+        tree.write("etc/systemd/system/build.service", BUILD_UNIT)
+        tree.write("root/build", BUILD)
+        copy_project(tree.root / "root/azure-provision")
+        tree.systemctl("enable", "identity.service", "build.service")
+
+        image = self.directory / "image.qcow2"
+        with VM(tree.disk(), number=7, listener=show) as vm, vm.boot() as boot:
+            self.assertTrue(boot.wait(boot.off.is_set, TIMEOUT), boot.console)
+            self.assertTrue(vm.azure.ready.is_set(), boot.console)
+            self.assertRegex(boot.console, f'macaddress: "?{vm.mac}')
+            self.assertIn("recipe: status 0", boot.console)
+            builder = identities(boot.console)
+            capture(vm, image)
+        self.assert_distinct(self.rehearse(image), *builder)
