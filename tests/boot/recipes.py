@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-
 import tempfile
 import unittest
 from pathlib import Path
@@ -18,14 +17,15 @@ from typing import FrozenSet, List, NamedTuple
 from azure_provision import UNIT
 from tests.boot.disk import Tree, missing
 from tests.boot.host import command
+from tests.boot.machine import image, mirror
 from tests.harness import INSTALLER, ROOT, SCRIPT, UNIT_FILE
 from tests.vm import VM, run, split_options
-
 
 TIMEOUT = 600  # seconds, for what a VM does under emulation
 
 # What such a VM on Azure has: Debian's cloud-init and waagent, which the recipe removes.
 AGENTS = ("cloud-init", "waagent", "netplan.io", "isc-dhcp-client", "openssh-server")
+MKOSI = ("mkosi", "ca-certificates")
 
 
 def readme() -> str:
@@ -94,11 +94,11 @@ class PackerTest(RecipeTest):
         execute = execute.replace("{{ .Path }}", "/tmp/script_1234.sh")
         execute = execute.replace("{{ .Vars }}", "PACKER_BUILD_NAME='image'")
         self.assertNotIn("{{", execute)
-        nspawn = "systemd-nspawn --quiet --pipe --register=no --keep-unit --private-network".split()
-        name = f"--machine={self.directory.name}"
-        where = (f"--bind={self.tmp}:/tmp", f"--directory={self.tree.root}", name)
+        nspawn = ("systemd-nspawn", "--quiet", "--pipe", "--register=no", "--keep-unit")
+        own = (f"--machine={self.directory.name}", "--private-network")
+        where = (f"--bind={self.tmp}:/tmp", f"--directory={self.tree.root}")
         return subprocess.run(
-            [*nspawn, *where, "/bin/sh", "-c", execute],
+            [*nspawn, *own, *where, "/bin/sh", "-c", execute],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -187,7 +187,9 @@ def identities(console: str) -> List[Identity]:
     """Those that were said on the console, one of each boot."""
     found, keys = [], set()
     for line in console.splitlines():
-        said = re.search(r"identity\[\d+\]: (?:\d+ (SHA256:\S+) |machine-id (\w+), sshd active)", line)
+        said = re.search(
+            r"identity\[\d+\]: (?:\d+ (SHA256:\S+) |machine-id (\w+), sshd active)", line
+        )
         if said and said.group(1):
             keys.add(said.group(1))
         elif said:
@@ -199,12 +201,12 @@ def identities(console: str) -> List[Identity]:
 class ImageTest(RecipeTest):
     """A recipe that makes an image."""
 
-    def rehearse(self, disk: Path, *options: str) -> List[Identity]:
-        """Rehearse DISK; return who its VMs are, by boot: the first, the second, the second again."""
+    def rehearse(self, disk: Path) -> List[Identity]:
+        """Rehearse DISK; return who its VMs are: the first, the second, the second again."""
         console = self.directory / "console"
         tool = (sys.executable, "-m", "tests.rehearse", str(disk), "--console", str(console))
         done = subprocess.run(
-            [*tool, *options],
+            tool,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -268,3 +270,93 @@ class LiveTest(ImageTest):
             builder = identities(boot.console)
             capture(vm, image)
         self.assert_distinct(self.rehearse(image), *builder)
+
+
+class DirectoryTest(ImageTest):
+    def test_tree_of_mmdebstrap_becomes_a_disk_whose_vms_provision(self) -> None:
+        (mmdebstrap, _) = blocks("Into a directory", "sh")
+        copy_project(self.directory / "azure-provision")
+        command("sh", "-e", "-c", mmdebstrap, cwd=self.directory / "azure-provision")
+
+        tree = Unpacked(self.directory, self.directory / "azure-provision/image.tar")
+        tree.write("etc/systemd/system/identity.service", IDENTITY_UNIT)
+        tree.systemctl("enable", "identity.service")
+        self.assert_distinct(self.rehearse(tree.disk()))
+
+
+class Unpacked(Tree):
+    """The tree in an archive, as it is."""
+
+    def __init__(self, directory: Path, archive: Path) -> None:
+        self.directory, self.root = directory, directory / "root"
+        self.root.mkdir()
+        command("tar", "-x", "--numeric-owner", "-C", self.root, "-f", archive)
+
+
+MKOSI_CONF = """\
+[Distribution]
+Distribution=debian
+Release=bookworm
+
+[Output]
+Format=directory
+
+[Content]
+Bootable=no
+Packages=systemd,systemd-sysv,dbus,python3,openssh-server
+"""
+MKOSI_SOURCES = """\
+Types: deb
+URIs: {mirror}
+Suites: bookworm
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+"""
+RUN_MKOSI = """\
+mount -t proc proc root/proc
+mount --rbind /sys root/sys
+mount --rbind /dev root/dev
+mount -t tmpfs tmpfs root/run
+exec chroot root sh -c 'cd /work && exec mkosi build'
+"""
+
+
+class MkosiTest(RecipeTest):
+    """The recipe for mkosi, with that of Debian 13."""
+
+    def test_unit_is_enabled_after_presets_that_disable_everything(self) -> None:
+        (_, script) = blocks("Into a directory", "sh")
+        root = self.directory / "root"
+        command("cp", "--archive", "--reflink=auto", image("mkosi", "trixie", MKOSI), root)
+        for name in ("resolv.conf", "hosts"):
+            shutil.copy(f"/etc/{name}", str(root / "etc"))
+        work = root / "work"
+        copy_project(work / "azure-provision")
+        sources = MKOSI_SOURCES.format(mirror=mirror()[0])
+        for name, text in (
+            ("mkosi.conf", MKOSI_CONF),
+            ("mkosi.postinst", script),
+            ("mkosi.sandbox/etc/apt/sources.list.d/mkosi.sources", sources),
+            # As Fedora and RHEL have it. mkosi applies the presets after the script.
+            ("mkosi.extra/usr/lib/systemd/system-preset/99-default.preset", "disable *\n"),
+        ):
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            (work / name).write_text(text, encoding="utf-8")
+        (work / "mkosi.postinst").chmod(0o755)
+        done = subprocess.run(
+            ["unshare", "--mount", "--pid", "--fork", "sh", "-e", "-c", RUN_MKOSI],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
+            cwd=str(self.directory),
+        )
+        note(done.stdout)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn("No problem was found in", done.stdout)
+        tree = work / "image"
+        self.assertEqual(
+            command("systemctl", f"--root={tree}", "is-enabled", UNIT).strip(), "enabled"
+        )
+        wants = tree / "etc/systemd/system/multi-user.target.wants"
+        self.assertEqual([link.name for link in wants.iterdir()], [UNIT])
