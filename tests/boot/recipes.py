@@ -313,6 +313,7 @@ Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 """
 RUN_MKOSI = """\
+mount --bind root root
 mount -t proc proc root/proc
 mount --rbind /sys root/sys
 mount --rbind /dev root/dev
