@@ -29,7 +29,8 @@ MKOSI = ("mkosi", "ca-certificates")
 
 
 def readme() -> str:
-    texts = [p.read_text(encoding="utf-8") for p in ROOT.glob("RE*.md")]
+    names = (ROOT / "RECIPES.md", ROOT / "README.md")
+    texts = (path.read_text(encoding="utf-8") for path in names if path.exists())
     return next(text for text in texts if "### From a live VM" in text)
 
 
