@@ -201,7 +201,7 @@ files_with() {
         resolve "/$file"
         [ -f "$DESTDIR$resolved" ] || continue
         sed -E 's/^[[:space:]]+|[[:space:]]+$//g; /^\[/{ h; d; }; G; s/(.*)\n(.*)/\2\1/' \
-            "$DESTDIR$resolved" | grep -Eiq -e "$regex" && printf '/%s\n' "$file"
+            "$DESTDIR$resolved" | grep -Ei -e "$regex" >/dev/null && printf '/%s\n' "$file"
     done
     :
 }
@@ -247,7 +247,7 @@ dhcp_client() {
     bootproto="^bootproto=[\"']?dhcp"
     if enabled systemd-networkd.service &&
         files_with "$dhcp" $(config 'systemd/network/*.network' 'systemd/network/*.network.d/*.conf') |
-        grep -qv /80-container-; then return; fi
+        grep -v /80-container- >/dev/null; then return; fi
     # netplan's generator enables systemd-networkd
     if exists $(config systemd/system-generators/netplan) &&
         has "^[^#]*dhcp4[\"']?[[:space:]]*:[[:space:]]*(true|yes|on)" $(config 'netplan/*.yaml'); then return; fi
@@ -296,7 +296,7 @@ host_keys() {
     if [ -z "$makers" ]; then
         echo "/$file has no host keys in a VM, as nothing creates them:" \
             "add a unit that runs ssh-keygen -A before it"
-    elif ! first_boot && ! grep -L '^ConditionFirstBoot=yes' $makers | grep -q .; then
+    elif ! first_boot && ! grep -L '^ConditionFirstBoot=yes' $makers | grep . >/dev/null; then
         echo "/${makers%%[[:space:]]*} creates SSH host keys only if /etc/machine-id is missing or" \
             "\"uninitialized\": write that word to it, or add a unit that always runs ssh-keygen -A"
     fi

@@ -311,6 +311,18 @@ class InstallTest(unittest.TestCase):
         self.write("usr/lib/systemd/system/a.service", unit)
         self.assert_unsound(f"/usr/sbin/sshd {KEYGEN_FIX}")
 
+    def test_check_is_quiet_where_a_broken_pipe_does_not_kill(self) -> None:
+        self.new_tree(dhcp=False)
+        self.write(WANTS + "systemd-networkd.service", "-> /usr/lib/systemd/system/x.service")
+        for number in range(30):
+            self.write(
+                f"etc/systemd/network/{number}.network", "[Network]\nDHCP=yes\n" + "#\n" * 9999
+            )
+        # as for every service of systemd: IgnoreSIGPIPE=
+        ignore = lambda: signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # noqa: E731
+        status, _, errors = self.install("--check", preexec_fn=ignore)
+        self.assertEqual((status, errors), (0, ""))
+
     def test_check_with_another_option_changes_nothing(self) -> None:
         self.install()
         before = self.files()
