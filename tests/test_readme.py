@@ -1,12 +1,13 @@
-"""What the README says: its commands, its recipe without Python, its table of lines."""
+"""What the README says: its commands, its links, and each line of its table."""
 
 import re
-import shutil
-import subprocess
+import socket
 import unittest
 from typing import List
 
-from tests.harness import ROOT, SCRIPT, ScriptTest, popen
+from tests.fake_azure import OK, Raw, Reset, Silence, Status, Text
+from tests.harness import ROOT, SCRIPT, ScriptTest
+from tests.test_publish import HEADER, NETWORKD, default_route
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -28,64 +29,75 @@ class ReadmeTest(unittest.TestCase):
             elif not target.startswith("https://"):
                 self.assertTrue((ROOT / target).exists(), target)
 
-    def test_every_line_of_its_table_is_one_of_the_script(self) -> None:
-        script = SCRIPT.read_text(encoding="utf-8")
-        for words in (
-            "retrying for up to",
-            "timed out after ",
-            "gave up after ",
-            "The goal state is not valid XML",
-            "has no ContainerId",
-            "has a DOCTYPE",
-            "IMDS has neither",
-            "IMDS did not send compute metadata",
-            "in IMDS is not a valid hostname: ",
-            "setting the hostname without hostnamectl",
-            "stays enabled for the next boot",
-            "The hostname cannot be set: ",
-            "Hostname not published: ",
-            "is not managed by",
-            "is not back",
-            "will run again",
-            'Not on Azure (the chassis asset tag is "',
-            "Not root",
-        ):
-            self.assertTrue(words in script, words)
-            self.assertTrue(words in README, words)
-
     def test_steps_are_named_as_in_the_script(self) -> None:
         functions = re.findall(r"(?m)^def (\w+)", SCRIPT.read_text(encoding="utf-8"))
-        for step in re.findall(r"(?m)^[2-6]\. \*\*`(\w+)`", README):
+        steps = re.findall(r"(?m)^[2-6]\. \*\*`(\w+)`", README)
+        self.assertEqual(len(steps), 5)
+        for step in steps:
             self.assertIn(step, functions)
 
 
-@unittest.skipUnless(shutil.which("curl"), "curl is not installed")
-class WithoutPythonTest(ScriptTest):
-    """The recipe for an image without Python, as it stands in the README."""
+class TableTest(ScriptTest):
+    """When something is wrong: each line of the table is one that the script logs."""
 
-    def recipe(self) -> "subprocess.Popen[str]":
-        found = re.search(r"```sh\n(#!/bin/sh\n.*?)```", README, re.S)
-        assert found is not None
-        recipe = found.group(1).replace("168.63.129.16", self.azure.wireserver)
-        recipe = recipe.replace("169.254.169.254", self.azure.imds)
-        self.shell = self.machine(hostnamectl="")
-        path = f"{self.shell.bin}:/usr/local/bin:/usr/bin:/bin"
-        return popen(["sh", "-c", recipe], self.shell, {"PATH": path})
+    def log_lines(self) -> List[str]:
+        """What the script logs in all kinds of trouble."""
+        lines: List[str] = []
 
-    def test_it_reports_ready_and_sets_the_computer_name(self) -> None:
-        self.azure.incarnation = "4"
-        process = self.recipe()
-        errors = process.communicate(timeout=30)[1]
-        self.assertEqual((process.returncode, errors), (0, ""))
-        self.assertTrue(self.azure.ready.is_set())
-        self.assertEqual(self.shell.calls, ["hostnamectl set-hostname web-prod-01"])
+        def run(*arguments: str, status: int = 0, **options: object) -> None:
+            ran = self.provision(*arguments, **options)  # type: ignore[arg-type]
+            self.assertEqual(ran.status, status, ran.output)
+            lines.extend(line.replace("/dev/full", "/etc/hostname") for line in ran.lines)
 
-    def test_invalid_name_is_rejected(self) -> None:
-        names: List[str] = ["myset_0", "-rf", "web-", "a b", "$(reboot)", "web\nprod", "<html>"]
-        for name in names:
-            with self.subTest(name):
-                self.azure.computer_name = name
-                process = self.recipe()
-                errors = process.communicate(timeout=30)[1]
-                self.assertEqual((process.returncode, errors), (1, "no valid hostname\n"))
-                self.assertEqual(self.shell.calls, [])
+        # The kernel refuses TCP to this address so: no network is needed, and nothing is sent.
+        unreachable = ("--wireserver", "255.255.255.255", "--imds", self.azure.imds)
+        run(*unreachable, endpoints=False, READY_LIMIT=0.2, status=1)
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            refused = f"127.0.0.1:{nobody.getsockname()[1]}"
+            run(
+                "--wireserver", refused, "--imds", refused, endpoints=False, READY_LIMIT=0, status=1
+            )
+        bodies = ["{}", "<a/>", "<!DOCTYPE a><a/>"]
+        self.azure.script("goalstate", [Silence(), *map(Text, bodies)])
+        self.azure.script("health", [Status(s) for s in (410, 429, 500, 503)])
+        lengths = (b"40\r\n\r\n", b"3\r\nContent-Length: 4\r\n\r\n")
+        bad = [Raw(OK + b"Content-Length: " + length) for length in lengths]
+        self.azure.script("compute", [Silence(), Status(404), Status(429), *bad, Text("<html>")])
+        run(RESPONSE_TIMEOUT=0.5)
+        self.azure.script("compute", [Status(200, b" " * 1048577), Reset()])
+        run()
+        self.azure.script("compute", [], forever=Text("{}"))
+        run(HOSTNAME_LIMIT=0.1, status=1)
+        self.azure.script("compute", [])
+        self.azure.computer_name = "not_valid"
+        run(status=1)
+        self.azure.computer_name = "web-prod-01"
+        refusing = self.machine(hostnamectl="echo REFUSED; exit 1", systemctl="")
+        refusing.record.write_text("REFUSED\n")
+        run(machine=refusing, status=1)
+        run(machine=self.machine(hostnamectl="exit 1", systemctl="exit 1"))
+        run(HOSTNAME_FILE="/dev/full")
+        for tools in ({}, {"networkctl": NETWORKD}):
+            machine = self.machine(hostnamectl="", systemctl="", **tools)
+            machine.route_file.write_bytes(HEADER + default_route(b"lo"))
+            run(machine=machine, PUBLISH_TIMEOUT=0.5)
+        tag = self.machine().root / "tag"
+        tag.write_text("Amazon EC2\n")
+        run(endpoints=False, CHASSIS_ASSET_TAG_FILE=str(tag))
+        run(endpoints=False, CHASSIS_ASSET_TAG_FILE="/no/such", uid=1000, status=2)
+        return lines
+
+    def test_every_line_of_the_table_is_logged(self) -> None:
+        section = README.split("## When something is wrong\n")[1].split("\n## ")[0]
+        rows = re.findall(r"(?m)^\| (`.*?) \| [^|]+ \| [^|]+ \|$", section)
+        phrases = [phrase for row in rows for phrase in re.findall(r"`([^`]+)`", row)]
+        phrases.append("Not provisioned: …; the next boot tries again")
+        self.assertGreater(len(phrases), 25)
+        lines = self.log_lines()
+        for phrase in phrases:
+            pattern = ".*".join(map(re.escape, phrase.split("…")))
+            # its example of an interface, and any number
+            pattern = re.sub(r"(\\ )(N|10)(?=\\ )", r"\1\\d+", pattern).replace("eth0", r"\w+")
+            found = any(re.search(pattern, line) for line in lines)
+            self.assertTrue(found, f"{phrase!r} is not in:\n" + "\n".join(lines))

@@ -28,15 +28,12 @@ AGENTS = ("cloud-init", "waagent", "netplan.io", "isc-dhcp-client", "openssh-ser
 MKOSI = ("mkosi", "ca-certificates")
 
 
-def readme() -> str:
-    names = (ROOT / "RECIPES.md", ROOT / "README.md")
-    texts = (path.read_text(encoding="utf-8") for path in names if path.exists())
-    return next(text for text in texts if "### From a live VM" in text)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(heading: str, language: str) -> List[str]:
     """The fenced blocks of a section of the README."""
-    section = readme().split(f"## {heading}\n")[1].split("\n##")[0]
+    section = README.split(f"## {heading}\n")[1].split("\n##")[0]
     return [str(text) for text in re.findall(rf"(?ms)^```{language}\n(.*?)^```$", section)]
 
 
