@@ -13,7 +13,7 @@ import subprocess
 import unittest
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 from azure_provision import UNIT
 from tests.boot import disk
@@ -191,6 +191,7 @@ def build_and_rehearse(directory: Path, case: Case) -> Result:
 
 _processes: List["subprocess.Popen[str]"] = []
 _results: Dict[str, "Future[Result]"] = {}
+_wanted: List[str] = []
 _pool = ThreadPoolExecutor(JOBS)
 _listener = socket.socket()
 _directory = RUN / f"{os.getpid()}-{number()}"
@@ -206,8 +207,21 @@ def setUpModule() -> None:
     _listener.settimeout(0)
     shutil.copytree(str(ROOT / "tests"), str(_directory / "tests"))
     shutil.copy(str(SCRIPT), str(_directory))
-    for title, case in CASES.items():
-        _results[title] = _pool.submit(build_and_rehearse, _directory / title, case)
+    for title in _wanted:
+        submit(title)
+
+
+def submit(title: str) -> "Future[Result]":
+    """The result of a case to come."""
+    if title not in _results:
+        _results[title] = _pool.submit(build_and_rehearse, _directory / title, CASES[title])
+    return _results[title]
+
+
+def load_tests(loader: Any, tests: unittest.TestSuite, pattern: Any) -> unittest.TestSuite:
+    """All of these tests: have the cases run ahead of them (not called for a single test)."""
+    _wanted.extend(CASES)
+    return tests
 
 
 def tearDownModule() -> None:
@@ -225,7 +239,7 @@ class RehearsalTest(unittest.TestCase):
 
     def result(self, title: str, status: int) -> Result:
         """The result of a case, which must end with STATUS."""
-        result = _results[title].result()
+        result = submit(title).result()
         self.assertEqual(result.status, status, result.output)
         return result
 
