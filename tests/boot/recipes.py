@@ -96,7 +96,7 @@ class PackerTest(RecipeTest):
         execute = execute.replace("{{ .Vars }}", "PACKER_BUILD_NAME='image'")
         self.assertNotIn("{{", execute)
         nspawn = ("systemd-nspawn", "--quiet", "--pipe", "--register=no", "--keep-unit")
-        own = (f"--machine={self.directory.name}", "--private-network")
+        own = (f"--machine=azure-recipe-{os.getpid()}", "--private-network")
         where = (f"--bind={self.tmp}:/tmp", f"--directory={self.tree.root}")
         return subprocess.run(
             [*nspawn, *own, *where, "/bin/sh", "-c", execute],
