@@ -95,11 +95,15 @@ class PackerTest(RecipeTest):
         execute = execute.replace("{{ .Path }}", "/tmp/script_1234.sh")
         execute = execute.replace("{{ .Vars }}", "PACKER_BUILD_NAME='image'")
         self.assertNotIn("{{", execute)
+        return self.run_in_container(execute)
+
+    def run_in_container(self, line: str) -> "subprocess.CompletedProcess[str]":
+        """Run a line of shell in the tree."""
         nspawn = ("systemd-nspawn", "--quiet", "--pipe", "--register=no", "--keep-unit")
         own = (f"--machine=azure-recipe-{os.getpid()}", "--private-network")
         where = (f"--bind={self.tmp}:/tmp", f"--directory={self.tree.root}")
         return subprocess.run(
-            [*nspawn, *own, *where, "/bin/sh", "-c", execute],
+            [*nspawn, *own, *where, "/bin/sh", "-c", line],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -117,13 +121,40 @@ class PackerTest(RecipeTest):
         self.assertIn("masks the unit", done.stdout)
         self.assertNotEqual(list(self.tree.root.glob("etc/ssh/ssh_host_*")), [], "it went on")
 
-    def test_image_is_sound(self) -> None:
+    def test_image_is_sound_and_so_is_that_of_its_vm(self) -> None:
         self.log_in()
         done = self.provision()
         self.assertEqual(done.returncode, 0, done.stdout)
-        self.assertIn("No problem was found in this machine.", done.stdout)
+        self.assert_sound(done.stdout)
+
+        first_boot = f"systemctl disable {UNIT} && ssh-keygen -A && systemd-machine-id-setup"
+        check = "cd /tmp/azure-provision && ./install.sh --check"
+        done = self.run_in_container(f"{first_boot} && {check}")
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertIn("is disabled, as on a provisioned VM", done.stdout)
+        again = re.search(r"`(sh .*)` again", readme())
+        assert again is not None
+        done = self.run_in_container(f"cd /tmp/azure-provision && {again.group(1)}")
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assert_sound(done.stdout)
+
+    def assert_sound(self, said: str) -> None:
+        self.assertIn("No problem was found in this machine.", said)
         self.assertEqual(list(self.tree.root.glob("etc/ssh/ssh_host_*")), [])
+        self.assertEqual((self.tree.root / "etc/machine-id").read_text(), "")
         command(INSTALLER, "--check", DESTDIR=self.tree.root)
+
+    def test_netplan_has_the_same_match(self) -> None:
+        self.log_in()
+        found = re.search(r"`(\{network: .*\})`", readme())
+        assert found is not None
+        (self.tmp / "root/etc/netplan").mkdir(parents=True)
+        (self.tmp / "root/etc/netplan/80-dhcp.yaml").write_text(found.group(1), encoding="utf-8")
+        done = self.run_in_container("netplan generate --root-dir /tmp/root")
+        self.assertEqual(done.returncode, 0, done.stdout)
+        (network,) = (self.tmp / "root/run/systemd/network").iterdir()
+        text = network.read_text(encoding="utf-8")
+        self.assertIn("[Match]\nDriver=hv_netvsc virtio_net\n\n[Network]\nDHCP=ipv4\n", text)
 
 
 # On Azure, and nothing that only takes time: neither mirrors nor locales.
