@@ -1,6 +1,6 @@
 """The README's recipes, run as they are printed there, up to VMs that provision.
 
-`python3 -m unittest tests.boot.recipes`, as root; minutes, most of them in VMs under emulation.
+`python3 -m unittest tests.boot.recipes`, as root; BOOT_FIGURES is a file for what the VMs say.
 """
 
 import json
@@ -16,12 +16,19 @@ from typing import FrozenSet, List, NamedTuple
 
 from azure_provision import UNIT
 from tests.boot.disk import Tree, missing
-from tests.boot.host import command
+from tests.boot.host import command, which
 from tests.boot.machine import image, mirror
 from tests.harness import INSTALLER, ROOT, SCRIPT, UNIT_FILE
 from tests.vm import VM, run, split_options
 
 TIMEOUT = 600  # seconds, for what a VM does under emulation
+
+# The command that is missing, and its package in Debian; others are those of a disk.
+TOOLS = {
+    "systemd-nspawn": "systemd-container",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-img": "qemu-utils",
+}
 
 # What such a VM on Azure has: Debian's cloud-init and waagent, which the recipe removes.
 AGENTS = ("cloud-init", "waagent", "netplan.io", "isc-dhcp-client", "openssh-server")
@@ -57,7 +64,9 @@ def copy_project(directory: Path) -> None:
 class RecipeTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
-        absent = missing() if os.geteuid() == 0 else ["root"]
+        absent = [f"{tool} ({TOOLS[tool]})" for tool in TOOLS if which(tool) is None]
+        absent += [] if os.geteuid() == 0 else ["root"]
+        absent += missing()
         if absent:
             raise unittest.SkipTest(f"the recipes need {', '.join(absent)}")
 
