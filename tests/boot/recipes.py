@@ -1,6 +1,6 @@
 """The README's recipes, run as they are printed there, up to VMs that provision.
 
-`python3 -m unittest tests.boot.recipes`, as root; minutes, most of them in VMs under emulation.
+`python3 -m unittest tests.boot.recipes`, as root; BOOT_FIGURES is a file for what the VMs say.
 """
 
 import json
@@ -16,12 +16,19 @@ from typing import FrozenSet, List, NamedTuple
 
 from azure_provision import UNIT
 from tests.boot.disk import Tree, missing
-from tests.boot.host import command
+from tests.boot.host import command, which
 from tests.boot.machine import image, mirror
 from tests.harness import INSTALLER, ROOT, SCRIPT, UNIT_FILE
 from tests.vm import VM, run, split_options
 
 TIMEOUT = 600  # seconds, for what a VM does under emulation
+
+# The command that is missing, and its package in Debian; others are those of a disk.
+TOOLS = {
+    "systemd-nspawn": "systemd-container",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-img": "qemu-utils",
+}
 
 # What such a VM on Azure has: Debian's cloud-init and waagent, which the recipe removes.
 AGENTS = ("cloud-init", "waagent", "netplan.io", "isc-dhcp-client", "openssh-server")
@@ -54,7 +61,9 @@ def copy_project(directory: Path) -> None:
 class RecipeTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
-        absent = missing() if os.geteuid() == 0 else ["root"]
+        absent = [f"{tool} ({TOOLS[tool]})" for tool in TOOLS if which(tool) is None]
+        absent += [] if os.geteuid() == 0 else ["root"]
+        absent += missing()
         if absent:
             raise unittest.SkipTest(f"the recipes need {', '.join(absent)}")
 
@@ -92,11 +101,15 @@ class PackerTest(RecipeTest):
         execute = execute.replace("{{ .Path }}", "/tmp/script_1234.sh")
         execute = execute.replace("{{ .Vars }}", "PACKER_BUILD_NAME='image'")
         self.assertNotIn("{{", execute)
+        return self.run_in_container(execute)
+
+    def run_in_container(self, line: str) -> "subprocess.CompletedProcess[str]":
+        """Run a line of shell in the tree."""
         nspawn = ("systemd-nspawn", "--quiet", "--pipe", "--register=no", "--keep-unit")
-        own = (f"--machine={self.directory.name}", "--private-network")
+        own = (f"--machine=azure-recipe-{os.getpid()}", "--private-network")
         where = (f"--bind={self.tmp}:/tmp", f"--directory={self.tree.root}")
         return subprocess.run(
-            [*nspawn, *own, *where, "/bin/sh", "-c", execute],
+            [*nspawn, *own, *where, "/bin/sh", "-c", line],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -114,13 +127,40 @@ class PackerTest(RecipeTest):
         self.assertIn("masks the unit", done.stdout)
         self.assertNotEqual(list(self.tree.root.glob("etc/ssh/ssh_host_*")), [], "it went on")
 
-    def test_image_is_sound(self) -> None:
+    def test_image_is_sound_and_so_is_that_of_its_vm(self) -> None:
         self.log_in()
         done = self.provision()
         self.assertEqual(done.returncode, 0, done.stdout)
-        self.assertIn("No problem was found in this machine.", done.stdout)
+        self.assert_sound(done.stdout)
+
+        first_boot = f"systemctl disable {UNIT} && ssh-keygen -A && systemd-machine-id-setup"
+        check = "cd /tmp/azure-provision && ./install.sh --check"
+        done = self.run_in_container(f"{first_boot} && {check}")
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertIn("is disabled, as on a provisioned VM", done.stdout)
+        again = re.search(r"`(sh .*)` again", readme())
+        assert again is not None
+        done = self.run_in_container(f"cd /tmp/azure-provision && {again.group(1)}")
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assert_sound(done.stdout)
+
+    def assert_sound(self, said: str) -> None:
+        self.assertIn("No problem was found in this machine.", said)
         self.assertEqual(list(self.tree.root.glob("etc/ssh/ssh_host_*")), [])
+        self.assertEqual((self.tree.root / "etc/machine-id").read_text(), "")
         command(INSTALLER, "--check", DESTDIR=self.tree.root)
+
+    def test_netplan_has_the_same_match(self) -> None:
+        self.log_in()
+        found = re.search(r"`(\{network: .*\})`", readme())
+        assert found is not None
+        (self.tmp / "root/etc/netplan").mkdir(parents=True)
+        (self.tmp / "root/etc/netplan/80-dhcp.yaml").write_text(found.group(1), encoding="utf-8")
+        done = self.run_in_container("netplan generate --root-dir /tmp/root")
+        self.assertEqual(done.returncode, 0, done.stdout)
+        (network,) = (self.tmp / "root/run/systemd/network").iterdir()
+        text = network.read_text(encoding="utf-8")
+        self.assertIn("[Match]\nDriver=hv_netvsc virtio_net\n\n[Network]\nDHCP=ipv4\n", text)
 
 
 # On Azure, and nothing that only takes time: neither mirrors nor locales.
