@@ -138,7 +138,7 @@ class PackerTest(RecipeTest):
         done = self.run_in_container(f"{first_boot} && {check}")
         self.assertEqual(done.returncode, 1, done.stdout)
         self.assertIn("is disabled, as on a provisioned VM", done.stdout)
-        again = re.search(r"`(sh .*)` again", readme())
+        again = re.search(r"`(sh .*)` again", README)
         assert again is not None
         done = self.run_in_container(f"cd /tmp/azure-provision && {again.group(1)}")
         self.assertEqual(done.returncode, 0, done.stdout)
@@ -152,7 +152,7 @@ class PackerTest(RecipeTest):
 
     def test_netplan_has_the_same_match(self) -> None:
         self.log_in()
-        found = re.search(r"`(\{network: .*\})`", readme())
+        found = re.search(r"`(\{network: .*\})`", README)
         assert found is not None
         (self.tmp / "root/etc/netplan").mkdir(parents=True)
         (self.tmp / "root/etc/netplan/80-dhcp.yaml").write_text(found.group(1), encoding="utf-8")
