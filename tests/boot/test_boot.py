@@ -16,7 +16,7 @@ STEPS = [
     r"<6>Retrieving the hostname from IMDS, 169\.254\.169\.254",
     r"<6>Hostname: web-prod-01 \(computerName\)",
     r"<6>Hostname set by hostnamectl",
-    r"<5>Hostname not published: there is no default route",
+    r"<5>Hostname not published: there is no default route; DHCP clients send it at the next boot",
     r"<6>azure-provisioning\.service disabled",
     r"<6>Provisioned as web-prod-01 in \d\.\d\d s",
 ]
