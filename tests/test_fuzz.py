@@ -25,7 +25,7 @@ from unittest import mock
 import azure_provision
 from tests.fake_azure import GOAL_STATE
 
-RUNS, SEED = 2000, 20190601
+RUNS, SEED = 1000, 20190601
 NAME = "web-prod-01"
 METADATA = b'{"name": "vm", "osProfile": {"computerName": "%s"}}'
 GOOD_STATE = GOAL_STATE.format(
