@@ -2,8 +2,9 @@
 # Install azure_provision.py and its unit into an image: this machine, or the tree at DESTDIR.
 # shellcheck disable=SC2046,SC2086 # lists of patterns are split and expanded on purpose
 
-set -eu
+set -eu +f
 umask 022
+unset SYSTEMD_UNIT_PATH
 
 SCRIPT=azure_provision.py
 UNIT=azure-provisioning.service
@@ -11,7 +12,7 @@ PRESET=20-azure-provisioning.preset # before a distribution's "disable *": syste
 
 # What makes every VM of an image fail: a function each, below, which prints one line per problem,
 # the file and the fix. They run in the root directory of the image.
-CHECKS='mac_addresses dhcp_client other_agents host_keys machine_id disabled_unit'
+CHECKS='mac_addresses dhcp_client other_agents host_keys machine_id installation'
 
 DESTDIR=${DESTDIR:-}
 PREFIX=${PREFIX:-/usr/local}
@@ -95,6 +96,7 @@ check_variables() {
         esac
     done
     PREFIX=${PREFIX%/} UNITDIR=${UNITDIR%/}
+    case $DESTDIR in *[[:cntrl:]]*) die "DESTDIR has a control character: $DESTDIR" ;; esac
     if [ -n "$DESTDIR" ]; then
         [ -d "$DESTDIR" ] || die "DESTDIR is not a directory: $DESTDIR"
         DESTDIR=$(CDPATH='' cd -- "$DESTDIR" && pwd -P)
@@ -272,7 +274,10 @@ other_agents() {
         for file in usr/bin/$agent usr/sbin/$agent usr/local/bin/$agent usr/local/sbin/$agent; do
             exists "$file" || continue
             for switch in $off; do
-                if empty "$switch"; then continue 3; fi
+                case $switch in # cloud-init looks only whether its file exists
+                    *.disabled) [ ! -e "$switch" ] || continue 3 ;;
+                    *) ! empty "$switch" || continue 3 ;;
+                esac
             done
             echo "/$file also reports to Azure: remove its package, or $fix"
             break
@@ -312,10 +317,14 @@ machine_id() {
     fi
 }
 
-disabled_unit() {
-    if [ "$action" = check ] && exists "$DESTDIR$unit" && ! enabled "$UNIT"; then
-        echo "$unit is disabled, as on a provisioned VM: run install.sh again"
-    fi
+installation() {
+    [ "$action" = check ] || return 0
+    exists "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$link" || return 0
+    for file in "$script" "$unit"; do
+        resolve "$file"
+        [ -s "$DESTDIR$resolved" ] || echo "$file is missing: run install.sh again"
+    done
+    enabled "$UNIT" || echo "$unit is disabled, as on a provisioned VM: run install.sh again"
 }
 
 # Print what the checks find; return 1 if there is something.
@@ -336,9 +345,14 @@ reload() {
 }
 
 roll_back() {
-    rm -f "$DESTDIR$script.new" "$DESTDIR$unit.new" "$DESTDIR$preset.new"
+    set +e
     printf '%s' "$created" | while IFS= read -r path; do rm -f "$path"; done
-    die "failed: new files were removed, earlier ones were kept"
+    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset"; do
+        rm -f "$path.new"
+        ln -f "$path.old" "$path" 2>/dev/null # not mv: it leaves two links to one file alone
+        rm -f "$path.old"
+    done
+    die "failed: everything is as it was"
 }
 
 # Files get their names only when all of them are complete: the disk may be full.
@@ -348,7 +362,11 @@ install_files() {
         exists "$path" || created=$created$path$newline
     done
     trap roll_back EXIT
-    trap 'exit 1' HUP INT TERM
+    trap 'exit 1' HUP INT QUIT TERM
+    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset"; do
+        rm -f "$path.new" "$path.old" # a link there would be followed
+        ! exists "$path" || ln "$path" "$path.old"
+    done
     mkdir -p "$DESTDIR$PREFIX/sbin" "$DESTDIR$UNITDIR"
     cp "$here/$SCRIPT" "$DESTDIR$script.new"
     chmod 0755 "$DESTDIR$script.new"
@@ -370,6 +388,7 @@ install_files() {
         ln -sf "$unit" "$DESTDIR$link"
     fi
     trap - EXIT
+    rm -f "$DESTDIR$script.old" "$DESTDIR$unit.old" "$DESTDIR$preset.old"
 }
 
 newline='
@@ -404,7 +423,7 @@ check_unit
 check_python
 if [ "$action" = check ]; then
     check_image || exit 1
-    echo "No problem was found in ${DESTDIR:-this machine}."
+    echo "No problem was found in ${DESTDIR:-this machine}.$(exists "$DESTDIR$unit" || echo " The unit is not installed there.")"
     exit 0
 fi
 check_image || :

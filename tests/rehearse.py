@@ -189,6 +189,14 @@ def check_bootable(path: Path) -> str:
     return f"{image.format}, {image.size / 2**20:,.0f} MiB"
 
 
+def is_disk(path: Path) -> bool:
+    """Whether there is a disk at PATH."""
+    try:
+        return bool(check_bootable(path))
+    except VMError:
+        return False
+
+
 def add_faults(azure: FakeAzure) -> None:
     """Have the platform be absent, then reject, then recover."""
     azure.script("goalstate", [*[Reset() for _ in range(8)], Status(503), Status(429)])
@@ -208,6 +216,7 @@ class Rehearsal:
         self.boots: List[Boot] = []  # the first boot of each VM
         self.reboot: Optional[Boot] = None  # the second boot of the second VM
         self.fates: Dict[Boot, str] = {}  # why a VM ended early
+        self.unwritten = ""  # why the console could not be written to its file
         self._lines = 0
         self._started = 0.0
 
@@ -238,9 +247,7 @@ class Rehearsal:
     def show(self, at: float, source: str, text: str) -> None:
         """Show what happens; the console only as far as our own script speaks on it."""
         if source == "console":
-            if self.options.console:
-                self.options.console.write(text + "\n")
-                self.options.console.flush()
+            self.keep(text)
             said = re.search(r"azure-provisioning\[\d+\]: (.*)|(Kernel panic.*)", text)
             if not said:
                 return
@@ -251,6 +258,15 @@ class Rehearsal:
             if self._lines == MAX_LINES:
                 self.display.line("           (further lines are not shown)")
 
+    def keep(self, text: str) -> None:
+        """Write a line of the console to the file that was asked for."""
+        if self.options.console and not self.unwritten:
+            try:
+                self.options.console.write(text + "\n")
+                self.options.console.flush()
+            except OSError as error:
+                self.unwritten = str(error.strerror)
+
     def watch(self, boot: Boot, deadline: Callable[[Boot], float]) -> None:
         """Watch BOOT until nothing more is to be expected of it."""
         latest = boot.started + self.options.timeout
@@ -260,6 +276,8 @@ class Rehearsal:
             if remaining <= 0 or boot.off.is_set() or boot.panic:
                 break
             self.display.tick()
+            if self.unwritten:
+                raise VMError(f"--console {self.options.console.name}: {self.unwritten}")
             self.display.progress(f"{now - boot.started:7.0f} s  {self._title}: {awaited(boot)}")
             boot.wait_for_change(min(remaining, 0.5))
         self.display.progress("")
@@ -600,8 +618,8 @@ def main(arguments: List[str]) -> int:
         check_tools()
         found, setup = check_bootable(options.image), find_setup(options)
         if options.console:
-            if options.console.exists() and options.console.samefile(options.image):
-                raise VMError(f"--console {options.console} is the image")
+            if is_disk(options.console):  # IMAGE, or what it is based on
+                raise VMError(f"--console {options.console} is a disk, and would be overwritten")
             options.console = options.console.open("w", encoding="utf-8", errors="replace")
         image = clean(str(options.image))
         display.line(f"{image}: {found}, generation {options.generation}; {setup[1]}")

@@ -96,7 +96,7 @@ SOUND = (
 
 # What turns an agent off, and what creates the SSH host keys: program, file, its content.
 SETTLED = (
-    ("usr/bin/cloud-init", "etc/cloud/cloud-init.disabled", ""),
+    ("usr/bin/cloud-init", "etc/cloud/cloud-init.disabled", "by the installer"),
     ("usr/sbin/waagent", "etc/systemd/system/walinuxagent.service", "-> /dev/null"),
     ("usr/bin/azure-init", "etc/systemd/system/azure-init.service", "-> /dev/null"),
     ("usr/bin/afterburn", "etc/systemd/system/afterburn-checkin.service", "-> /dev/null"),
@@ -502,14 +502,40 @@ class InstallTest(unittest.TestCase):
                     self.tool(tool, "echo no >&2; exit 1")
                 status, output, errors = self.install(preexec_fn=None if tool else full_disk)
                 self.assertEqual((status, output, self.files()), (1, "", before))
-                self.assertRegex(errors, r"(?m)^install.sh: failed: new files were removed")
+                self.assertRegex(errors, r"(?m)^install.sh: failed: everything is as it was")
                 if tool:
                     (self.tools / tool).unlink()
                 self.install()
                 before = self.files()
                 status, _, errors = self.install(preexec_fn=full_disk)
                 self.assertEqual((status, self.files()), (1, before))
-                self.assertIn("earlier ones were kept", errors)
+                self.assertIn("everything is as it was", errors)
+
+    def test_failed_update_keeps_the_earlier_version(self) -> None:
+        self.install()
+        for path in (UNIT_PATH, "usr/local/sbin/azure_provision.py"):
+            self.write(path, "an earlier version")
+        before = self.files()
+        self.tool("systemctl", "echo no >&2; exit 1")
+        self.assertEqual((self.install()[0], self.files()), (1, before))
+
+    def test_leftover_of_a_killed_installation_is_not_followed(self) -> None:
+        precious = self.directory / "precious"
+        precious.write_text("precious", encoding="utf-8")
+        for suffix in ("new", "old"):
+            self.write(f"usr/local/sbin/azure_provision.py.{suffix}", f"-> {precious}")
+        self.assertEqual(self.install()[0], 0)
+        self.assertEqual(precious.read_text(encoding="utf-8"), "precious")
+        self.assertEqual([name for name in self.files() if name.endswith(("new", "old"))], [])
+
+    def test_check_finds_an_installation_that_is_not_whole(self) -> None:
+        for path in (UNIT_PATH, "usr/local/sbin/azure_provision.py"):
+            self.install()
+            (self.tree / path).unlink()
+            self.refused(f"warning: /{path} is missing: run install.sh again", "--check")
+
+    def test_refuses_a_destdir_with_a_line_break(self) -> None:
+        self.refused("DESTDIR has a control character: [^\n]*\n", DESTDIR=f"{self.tree}\n")
 
     def test_refuses_to_install_live_without_root(self) -> None:
         self.tool("id", "echo 1000")
