@@ -451,10 +451,14 @@ class Boot:
             self.process.kill()
         for thread in self._threads:
             thread.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):  # QEMU never read the last order
+                pipe.close()
 
     def _order(self, command: str) -> None:
         assert self.process.stdin is not None
-        with contextlib.suppress(OSError):  # it is off already
+        with contextlib.suppress(OSError, ValueError):  # it is off already
             self.process.stdin.write(b'{"execute": "%s"}\n' % command.encode("ascii"))
             self.process.stdin.flush()
 
