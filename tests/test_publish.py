@@ -74,8 +74,8 @@ class PublishTest(unittest.TestCase):
             with mock.patch.dict(os.environ, {"PATH": str(machine.bin)}):
                 thread.start()
                 azure_provision.publish_hostname()
+                self.seconds = time.monotonic() - started
             thread.join()
-        self.seconds = time.monotonic() - started
         self.assertLess(self.seconds, 3)
         self.assertEqual(len(self.lines), 1, self.lines)
         return machine
