@@ -179,7 +179,7 @@ class HostnameTest(ScriptTest):
                 self.assertEqual(self.hostname(), "vm")
 
     def test_failures_do_not_fall_back_to_the_vm_name(self) -> None:
-        self.azure.script("compute", [Status(s) for s in (404, 410, 429, 500, 503)])
+        self.azure.script("compute", [Status(s) for s in (404, 404, 404, 410, 429, 500, 503)])
         self.assertEqual(self.hostname(), "web-prod-01")
 
     def test_answers_of_another_shape_are_retried(self) -> None:

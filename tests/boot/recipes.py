@@ -194,8 +194,8 @@ After=cloud-final.service walinuxagent.service identity.service
 
 [Service]
 Type=oneshot
-WorkingDirectory=/root/azure-provision
-ExecStart=/bin/sh /root/build
+WorkingDirectory=/srv/azure-provision
+ExecStart=/bin/sh /srv/build
 SyslogIdentifier=build
 StandardOutput=journal+console
 StandardError=journal+console
@@ -208,7 +208,7 @@ cat /etc/netplan/50-cloud-init.yaml
 sh -e recipe.sh
 echo "recipe: status $?"
 systemctl --quiet disable build.service
-rm -rf /root/azure-provision /root/build /etc/systemd/system/build.service
+rm -rf /srv/azure-provision /srv/build /etc/systemd/system/build.service
 sync
 systemctl poweroff
 """
@@ -296,8 +296,8 @@ class LiveTest(ImageTest):
         tree.write("etc/cloud/cloud.cfg.d/90-azure.cfg", CLOUD_INIT)
         tree.write("etc/systemd/system/identity.service", IDENTITY_UNIT)
         tree.write("etc/systemd/system/build.service", BUILD_UNIT)
-        tree.write("root/build", BUILD)
-        copy_project(tree.root / "root/azure-provision")
+        tree.write("srv/build", BUILD)
+        copy_project(tree.root / "srv/azure-provision")
         tree.systemctl("enable", "identity.service", "build.service")
 
         image = self.directory / "image.qcow2"
