@@ -170,10 +170,11 @@ cloud_config_modules: []
 cloud_final_modules: []
 """
 
-# Says on the console which machine this is.
+# Says on the console which machine this is, before the login prompt, which tests.rehearse awaits.
 IDENTITY_UNIT = """\
 [Unit]
-After=ssh.service systemd-machine-id-commit.service
+After=ssh.service
+Before=serial-getty@ttyS0.service
 
 [Service]
 Type=oneshot
