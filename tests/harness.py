@@ -1,16 +1,21 @@
-"""What the tests share: the script as a process, with stand-ins for the tools that it calls."""
+"""What the tests share: a machine of stand-ins, and the script run on it against a fake Azure."""
 
-import json
-import re
+import contextlib
+import faulthandler
+import io
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from unittest import mock
 
+import azure_provision
 from tests.fake_azure import FakeAzure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,39 +23,30 @@ SCRIPT = ROOT / "azure_provision.py"
 UNIT_FILE = ROOT / "azure-provisioning.service"
 INSTALLER = ROOT / "install.sh"
 
-# Runs the script's own main() with some of its constants changed. It never names the machine that
-# the tests run on, and records what it calls for that.
+# Runs the script's own main() as a process, on a machine that another process made.
 DRIVER = """
-import io, json, os, sys
-root, settings, record, journal, uid = json.loads(sys.argv[1])
-sys.path.insert(0, root)
+import sys
+sys.path.insert(0, sys.argv[1])
 import azure_provision
-def note(*words):
-    with open(record, "a") as file:
-        print(*words, file=file)
-def sethostname(name):
-    if "REFUSED" in open(record).read():
-        raise PermissionError(1, "Operation not permitted")
-    note("sethostname", name)
-def fsync(descriptor, real=os.fsync):
-    note("fsync", os.path.basename(os.readlink("/proc/self/fd/%d" % descriptor)))
-    real(descriptor)
-class FullDisk(io.FileIO):
-    def write(self, data):
-        raise OSError(28, "No space left on device")
-if "FULL_DISK" in os.environ:
-    azure_provision.open = lambda name, *mode, **options: (
-        FullDisk(name, "wb") if isinstance(name, int) else open(name, *mode, **options)
-    )
-for name, value in settings.items():
-    getattr(azure_provision, name)
-    setattr(azure_provision, name, value)
-azure_provision.socket.sethostname, os.fsync = sethostname, fsync
-os.geteuid = lambda: uid
-if journal:
-    os.environ["JOURNAL_STREAM"] = "{0.st_dev}:{0.st_ino}".format(os.fstat(1))
-sys.exit(azure_provision.main(sys.argv[2:]))
+from tests.harness import Machine
+with Machine(sys.argv[2]).stand_ins():
+    sys.exit(azure_provision.main(sys.argv[3:]))
 """
+
+
+class Clock:
+    """The script's `time`, on which only pauses take time, and those none of ours."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.pauses: List[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
 
 
 class Run(NamedTuple):
@@ -67,21 +63,24 @@ class Run(NamedTuple):
 
 
 class Machine:
-    """A directory with stand-ins for the machine: its tools on PATH, its files, its record.
+    """A directory that stands for a machine: its tools on PATH, its files, its record.
 
-    A stand-in writes its name and arguments to the record, then does what TOOLS says, in shell.
+    A tool writes its name and arguments to the record, then does what TOOLS says, in shell.
+    DIRECTORY is that of a machine which another process made.
     """
 
-    def __init__(self, **tools: str) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="azure provision "))
+    def __init__(self, directory: str = "", **tools: str) -> None:
+        self.root = Path(directory or tempfile.mkdtemp(prefix="azure provision "))
         self.record = self.root / "record"
-        self.record.write_text("")
         self.hostname_file = self.root / "hostname"
-        self.hostname_file.write_text("localhost\n")
         self.route_file = self.root / "route"  # empty: without a default route
-        self.route_file.write_text("")
+        self.tag_file = self.root / "tag"  # absent: without a chassis asset tag
         self.bin = self.root / "bin"
-        self.bin.mkdir()
+        if not directory:
+            self.record.write_text("")
+            self.hostname_file.write_text("localhost\n")
+            self.route_file.write_text("")
+            self.bin.mkdir()
         for name, action in tools.items():
             tool = self.bin / name
             tool.write_text(f"#!/bin/sh\necho {name} \"$@\" >>'{self.record}'\n{action}\n")
@@ -90,10 +89,62 @@ class Machine:
     @property
     def calls(self) -> List[str]:
         """What was called, in order: "hostnamectl set-hostname web-prod-01"."""
-        return self.record.read_text().splitlines()
+        return os.fsdecode(self.record.read_bytes()).splitlines()
+
+    def note(self, call: str) -> None:
+        with self.record.open("a") as file:
+            file.write(call + "\n")
+
+    def sethostname(self, name: str) -> None:
+        self.note(f"sethostname {name}")
+
+    def fsync(self, descriptor: int) -> None:
+        self.note("fsync " + os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    @contextlib.contextmanager
+    def stand_ins(
+        self,
+        environment: Optional[Dict[str, str]] = None,
+        journal: bool = False,
+        uid: int = 0,
+        **settings: Any,
+    ) -> Iterator[None]:
+        """Have the script use this machine and never the real one.
+
+        SETTINGS are names of the script that are to have another value. JOURNAL tells it that its
+        standard output is the journal, UID whom it runs as.
+        """
+        environment = dict({"PATH": str(self.bin)}, **(environment or {}))
+        if journal:
+            environment["JOURNAL_STREAM"] = "{0.st_dev}:{0.st_ino}".format(os.fstat(1))
+        files = {
+            "HOSTNAME_FILE": str(self.hostname_file),
+            "ROUTE_FILE": str(self.route_file),
+            "CHASSIS_ASSET_TAG_FILE": str(self.tag_file),
+        }
+        script = mock.patch.multiple(azure_provision, **dict(files, **settings))
+        system = mock.patch.multiple(os, fsync=self.fsync, geteuid=lambda: uid)
+        kernel = mock.patch.object(socket, "sethostname", self.sethostname)
+        with script, system, kernel, mock.patch.dict(os.environ, environment, clear=True):
+            yield
 
     def remove(self) -> None:
         shutil.rmtree(str(self.root))
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[List[str]]:
+    """Collect what the script logs in this process; each is one line, of printable ASCII."""
+    lines: List[str] = []
+
+    def write(_: int, data: bytes) -> int:
+        lines.append(data.decode("ascii"))
+        return len(data)
+
+    with mock.patch.object(os, "write", write):
+        yield lines
+    for line in lines:
+        assert line.endswith("\n") and line[:-1].isprintable(), f"a forged line: {line!r}"
 
 
 class ScriptTest(unittest.TestCase):
@@ -115,50 +166,50 @@ class ScriptTest(unittest.TestCase):
         self.addCleanup(machine.remove)
         return machine
 
-    def provision(self, *arguments: str, machine: Optional[Machine] = None, **options: Any) -> Run:
-        """Run the script to its end; OPTIONS are those of start()."""
-        process = self.start(*arguments, machine=machine or self.machine(), **options)
+    def unused_port(self) -> socket.socket:
+        """A socket that does not listen yet: connections to its address are refused."""
+        unused = socket.socket()
+        self.addCleanup(unused.close)
+        unused.bind(("127.0.0.1", 0))
+        return unused
+
+    def provision(
+        self,
+        *arguments: str,
+        machine: Optional[Machine] = None,
+        endpoints: bool = True,
+        **options: Any,
+    ) -> Run:
+        """Run the script to its end in this process, where its pauses take no time.
+
+        Without ENDPOINTS the fake has the platform's place. OPTIONS are those of stand_ins().
+        """
+        platform = {"WIRESERVER": self.azure.wireserver, "IMDS": self.azure.imds}
+        options = dict(dict(platform, time=Clock()), **options)
+        stand_ins = (machine or self.machine()).stand_ins(**options)
+        words = [*(self.endpoints if endpoints else ()), *arguments]
+        printed, errors = io.StringIO(), io.StringIO()  # by argparse
+        printing = contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors)
         started = time.monotonic()
-        try:
-            output, errors = process.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, errors = process.communicate()
-            self.fail(f"the script hangs:\n{output}{errors}")
+        faulthandler.dump_traceback_later(60, exit=True, file=2)  # if it hangs
+        with stand_ins, printing[0], printing[1], logged() as lines:
+            try:
+                status: Any = azure_provision.main(words)
+            except SystemExit as error:  # from argparse
+                status = error.code
+        faulthandler.cancel_dump_traceback_later()
         seconds = time.monotonic() - started
-        self.assertNotIn("Traceback", output + errors)
-        return Run(process.returncode, output, errors, seconds)
+        return Run(status, "".join(lines) + printed.getvalue(), errors.getvalue(), seconds)
 
-    def start(
-        self, *arguments: str, machine: Machine, endpoints: bool = True, **options: Any
-    ) -> "subprocess.Popen[str]":
-        """Start the script as a process; OPTIONS are those of start_script()."""
-        return start_script(machine, *(self.endpoints if endpoints else ()), *arguments, **options)
-
-    def assert_in_order(self, patterns: List[str], lines: List[str]) -> None:
-        """Each pattern matches a line, each after the one before."""
-        remaining = iter(lines)
-        for pattern in patterns:
-            if not any(re.search(pattern, line) for line in remaining):
-                self.fail(f"no line for {pattern!r} in its place:\n" + "\n".join(lines))
+    def start(self, machine: Machine, *arguments: str) -> "subprocess.Popen[str]":
+        """Start the script as a process on MACHINE; ARGUMENTS may override the endpoints."""
+        return start_script(machine, *self.endpoints, *arguments)
 
 
-def start_script(
-    machine: Machine,
-    *arguments: str,
-    environment: Optional[Dict[str, str]] = None,
-    journal: bool = False,
-    uid: int = 0,
-    **settings: Any,
-) -> "subprocess.Popen[str]":
-    """Start the script on MACHINE; SETTINGS are constants of the script that are to differ.
-
-    JOURNAL tells it that its standard output is the journal, UID whom it runs as.
-    """
-    settings.setdefault("HOSTNAME_FILE", str(machine.hostname_file))
-    settings.setdefault("ROUTE_FILE", str(machine.route_file))
-    setup = json.dumps([str(ROOT), settings, str(machine.record), journal, uid])
-    return popen([sys.executable, "-I", "-c", DRIVER, setup, *arguments], machine, environment)
+def start_script(machine: Machine, *arguments: str) -> "subprocess.Popen[str]":
+    """Start the script as a process on MACHINE."""
+    driver = [sys.executable, "-I", "-c", DRIVER, str(ROOT), str(machine.root)]
+    return popen([*driver, *arguments], machine)
 
 
 def popen(

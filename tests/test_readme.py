@@ -1,12 +1,12 @@
 """What the README says: its commands, its links, and each line of its table."""
 
 import re
-import socket
 import unittest
-from typing import List
+from typing import Any, List
+from unittest import mock
 
 from tests.fake_azure import OK, Raw, Reset, Silence, Status, Text
-from tests.harness import ROOT, SCRIPT, ScriptTest
+from tests.harness import ROOT, SCRIPT, Machine, ScriptTest
 from tests.test_publish import HEADER, NETWORKD, default_route
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,48 +44,39 @@ class TableTest(ScriptTest):
         """What the script logs in all kinds of trouble."""
         lines: List[str] = []
 
-        def run(*arguments: str, status: int = 0, **options: object) -> None:
-            ran = self.provision(*arguments, **options)  # type: ignore[arg-type]
+        def run(*arguments: str, status: int = 0, **options: Any) -> None:
+            ran = self.provision(*arguments, **options)
             self.assertEqual(ran.status, status, ran.output)
             lines.extend(line.replace("/dev/full", "/etc/hostname") for line in ran.lines)
 
         # The kernel refuses TCP to this address so: no network is needed, and nothing is sent.
-        unreachable = ("--wireserver", "255.255.255.255", "--imds", self.azure.imds)
-        run(*unreachable, endpoints=False, READY_LIMIT=0.2, status=1)
-        with socket.socket() as nobody:
-            nobody.bind(("127.0.0.1", 0))
-            refused = f"127.0.0.1:{nobody.getsockname()[1]}"
-            run(
-                "--wireserver", refused, "--imds", refused, endpoints=False, READY_LIMIT=0, status=1
-            )
+        run("--wireserver", "255.255.255.255", status=1)
+        run("--wireserver", "{}:{}".format(*self.unused_port().getsockname()), status=1)
         bodies = ["{}", "<a/>", "<!DOCTYPE a><a/>"]
         self.azure.script("goalstate", [Silence(), *map(Text, bodies)])
         self.azure.script("health", [Status(s) for s in (410, 429, 500, 503)])
         lengths = (b"40\r\n\r\n", b"3\r\nContent-Length: 4\r\n\r\n")
         bad = [Raw(OK + b"Content-Length: " + length) for length in lengths]
         self.azure.script("compute", [Silence(), Status(404), Status(429), *bad, Text("<html>")])
-        run(RESPONSE_TIMEOUT=0.5)
+        run(RESPONSE_TIMEOUT=0.2)
         self.azure.script("compute", [Status(200, b" " * 1048577), Reset()])
         run()
         self.azure.script("compute", [], forever=Text("{}"))
-        run(HOSTNAME_LIMIT=0.1, status=1)
-        self.azure.script("compute", [])
-        self.azure.computer_name = "not_valid"
         run(status=1)
-        self.azure.computer_name = "web-prod-01"
-        refusing = self.machine(hostnamectl="echo REFUSED; exit 1", systemctl="")
-        refusing.record.write_text("REFUSED\n")
-        run(machine=refusing, status=1)
-        run(machine=self.machine(hostnamectl="exit 1", systemctl="exit 1"))
+        self.azure.script("compute", [Text('{"name": "not_valid"}')])
+        run(status=1)
+        failing = self.machine(hostnamectl="exit 1", systemctl="exit 1")
+        with mock.patch.object(Machine, "sethostname", side_effect=PermissionError(1, "No")):
+            run(machine=failing, status=1)
+        run(machine=failing)
         run(HOSTNAME_FILE="/dev/full")
         for tools in ({}, {"networkctl": NETWORKD}):
             machine = self.machine(hostnamectl="", systemctl="", **tools)
             machine.route_file.write_bytes(HEADER + default_route(b"lo"))
             run(machine=machine, PUBLISH_TIMEOUT=0.5)
-        tag = self.machine().root / "tag"
-        tag.write_text("Amazon EC2\n")
-        run(endpoints=False, CHASSIS_ASSET_TAG_FILE=str(tag))
-        run(endpoints=False, CHASSIS_ASSET_TAG_FILE="/no/such", uid=1000, status=2)
+        run(endpoints=False, uid=1000, status=2)
+        failing.tag_file.write_text("Amazon EC2\n")
+        run(endpoints=False, machine=failing)
         return lines
 
     def test_every_line_of_the_table_is_logged(self) -> None:
