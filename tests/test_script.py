@@ -1,8 +1,10 @@
 """The first boot as one run of the script: the steps, their order, and what each one logs."""
 
+import html
 import io
 import json
 import os
+import select
 import signal
 import sys
 from typing import Any, Dict, List, Tuple, Union
@@ -15,6 +17,8 @@ from tests.harness import ROOT, SCRIPT, Machine, Run, ScriptTest, popen
 
 MIB = 1024 * 1024  # the longest body that is accepted
 SLEEP = "/bin/sleep 600"
+SET, FSYNC = "hostnamectl set-hostname web-prod-01", "fsync hostname"
+DISABLE = "systemctl disable --no-reload azure-provisioning.service"
 
 
 def compute(computer_name: str, name: str = "vm") -> str:
@@ -28,14 +32,7 @@ class FirstBootTest(ScriptTest):
         run = self.provision(machine=machine)
         self.assertEqual((run.status, run.errors), (0, ""))
         self.assertTrue(self.azure.ready.is_set())
-        self.assertEqual(
-            machine.calls,
-            [
-                "hostnamectl set-hostname web-prod-01",
-                "fsync hostname",
-                "systemctl disable --no-reload azure-provisioning.service",
-            ],
-        )
+        self.assertEqual(machine.calls, [SET, FSYNC, DISABLE])
         steps = [
             "^Retrieving the goal state from the WireServer",
             f"^ContainerId: {self.azure.container_id}$",
@@ -52,39 +49,28 @@ class FirstBootTest(ScriptTest):
         self.assertLessEqual(len(run.lines), 12)
 
     def test_requests_are_those_of_the_platform(self) -> None:
+        self.azure.incarnation = "7"
         self.provision()
         wireserver = {"x-ms-version": "2012-11-30", "x-ms-agent-name": "custom-provisioning"}
         content_type = {"Content-Type": "text/xml;charset=utf-8"}
-        expected: List[Tuple[str, str, Dict[str, str]]] = [
-            ("GET", "/machine?comp=goalstate", wireserver),
-            ("POST", "/machine?comp=health", dict(wireserver, **content_type)),
-            ("GET", "/metadata/instance/compute?api-version=2021-02-01", {"Metadata": "true"}),
-        ]
-        self.assertEqual(
-            [(request.method, request.path) for request in self.azure.requests],
-            [(method, path) for method, path, _ in expected],
-        )
-        for request, (_, _, headers) in zip(self.azure.requests, expected):
-            headers["Connection"] = "close"
-            self.assertEqual(request.headers, dict(request.headers, **headers))
-
-    def test_health_report_names_this_vm_and_its_own_incarnation(self) -> None:
-        self.azure.incarnation = "7"
-        self.provision()
-        self.assertEqual(
-            self.azure.asked("health")[0].body.decode(),
+        report = (
             "<Health><GoalStateIncarnation>7</GoalStateIncarnation><Container>"
             f"<ContainerId>{self.azure.container_id}</ContainerId><RoleInstanceList><Role>"
             f"<InstanceId>{self.azure.instance_id}</InstanceId>"
-            "<Health><State>Ready</State></Health></Role></RoleInstanceList></Container></Health>",
+            "<Health><State>Ready</State></Health></Role></RoleInstanceList></Container></Health>"
         )
-
-    def test_ids_are_escaped_in_the_health_report(self) -> None:
-        self.azure.container_id = "a&amp;b&lt;c\u00e9"
-        self.azure.script("health", [Status(200)])
-        self.assertEqual(self.provision().status, 0)
-        report = ElementTree.fromstring(self.azure.asked("health")[0].body.decode("utf-8"))
-        self.assertEqual(report.findtext("Container/ContainerId"), "a&b<c\u00e9")
+        compute_path = "/metadata/instance/compute?api-version=2021-02-01"
+        expected: List[Tuple[str, str, Dict[str, str], str]] = [
+            ("GET", "/machine?comp=goalstate", wireserver, ""),
+            ("POST", "/machine?comp=health", dict(wireserver, **content_type), report),
+            ("GET", compute_path, {"Metadata": "true"}, ""),
+        ]
+        self.assertEqual(len(self.azure.requests), len(expected))
+        for request, (method, path, headers, body) in zip(self.azure.requests, expected):
+            sent = (request.method, request.path, request.body.decode())
+            self.assertEqual(sent, (method, path, body))
+            headers["Connection"] = "close"
+            self.assertEqual(request.headers, dict(request.headers, **headers))
 
     def test_unusual_goal_states_are_understood(self) -> None:
         usual = self.azure.goal_state()
@@ -143,8 +129,8 @@ class HostnameTest(ScriptTest):
         bodies += ['{"osProfile": "web"}', '{"osProfile": {"computerName": ["web"]}}']
         bodies += ['{"osProfile": {"computerName": 7}, "name": "web"}']
         cases: List[List[Answer]] = [[Text(body)] for body in bodies]
-        cases.append([Status(400)])
-        cases.append([Status(status) for status in (404, 404, 404, 410, 429, 500, 503)])
+        for statuses in ([400], [404, 404], [404, 404, 404, 410, 429, 500, 503]):
+            cases.append([Status(status) for status in statuses])
         for answers in cases:
             with self.subTest(getattr(answers[0], "body", b"")[:60] or len(answers)):
                 self.azure.script("compute", answers)
@@ -230,14 +216,18 @@ class SetHostnameTest(ScriptTest):
                 self.assertIn(f"\nhostnamectl: {reason}", run.output)
                 self.assertIn("; setting the hostname without hostnamectl\n", run.output)
                 self.assertEqual(machine.hostname_file.read_text(), "web-prod-01\n")
-                self.assertEqual(
-                    machine.calls[-3:],
-                    [
-                        "sethostname web-prod-01",
-                        "fsync hostname",
-                        "systemctl disable --no-reload azure-provisioning.service",
-                    ],
-                )
+                self.assertEqual(machine.calls[-3:], ["sethostname web-prod-01", FSYNC, DISABLE])
+
+    def test_hostnamectl_that_hangs_is_killed_with_its_children(self) -> None:
+        machine = self.machine(hostnamectl=f'exec 3>"$0.fifo"; {SLEEP} & {SLEEP}', systemctl="")
+        fifo = str(machine.bin / "hostnamectl.fifo")
+        os.mkfifo(fifo)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, reader)
+        self.provision(machine=machine, COMMAND_TIMEOUT=0.5)
+        poll = select.poll()
+        poll.register(reader, 0)
+        self.assertTrue(poll.poll(5000), "a child still has the FIFO open")
 
     def test_name_that_cannot_be_stored_leaves_the_unit_enabled(self) -> None:
         directory, fifo = self.machine().root / "directory", self.machine().root / "fifo"
@@ -257,12 +247,9 @@ class SetHostnameTest(ScriptTest):
             def write(self, _: Any) -> int:
                 raise OSError(28, "No space left on device")
 
-        def full(file: Any, mode: str = "r") -> Any:
-            return FullDisk(file, mode) if isinstance(file, int) else open(file, mode)
-
         machine = self.machine()
         machine.hostname_file.write_text("golden-image.example.com\n")
-        with mock.patch.object(azure_provision, "open", full, create=True):
+        with mock.patch.object(azure_provision, "open", FullDisk, create=True):
             run = self.provision(machine=machine)
         self.assertEqual(machine.hostname_file.read_text(), "golden-image.example.com\n")
         self.assertRegex(run.output, "hostname: No space left on device; .* stays enabled")
@@ -314,19 +301,24 @@ class OutputTest(ScriptTest):
             run = self.provision("--dry-run", environment={"JOURNAL_STREAM": stream})
             self.assertNotRegex(run.output, "(?m)^<[0-9]>")
 
-    def test_ids_are_logged_before_the_report_and_again_if_they_change(self) -> None:
+    def test_goal_state_that_moves_on_is_logged_and_reported_anew(self) -> None:
         first = self.azure.container_id
         self.azure.script("health", [Status(500), Status(503), Status(410)])
 
-        def change(request: Request) -> None:
+        def move_on(request: Request) -> None:
             if request.status == 503:
                 self.azure.container_id = "another"
+            if request.status == 410:
+                self.azure.incarnation = "2"
 
-        self.azure.on_request = change
+        self.azure.on_request = move_on
         output = self.provision().output
-        lines = [f"^ContainerId: {first}$", "^InstanceId:", " 500 ", " 503 ", "^ContainerId: anoth"]
+        lines = [f"^ContainerId: {first}$", "^InstanceId:", " 500 ", " 503 "]
+        lines += ["^ContainerId: another$", " 410 ", "<GoalStateIncarnation>2<", "^Response: 200"]
         self.assertRegex(output, "(?ms)" + ".*".join(lines))
         self.assertEqual(output.count("ContainerId: "), 2)
+        for request, incarnation in zip(self.azure.asked("health"), b"1112"):
+            self.assertIn(b"<GoalStateIncarnation>%c<" % incarnation, request.body)
 
     def test_ids_that_always_change_are_logged_ten_times_at_most(self) -> None:
         def change(request: Request) -> None:
@@ -336,14 +328,16 @@ class OutputTest(ScriptTest):
         self.azure.script("health", [Status(500)] * 20)
         self.assertEqual(self.provision(READY_LIMIT=30).output.count("ContainerId: "), 10)
 
-    def test_long_and_hostile_ids_stay_one_short_line_each(self) -> None:
-        hostile = "id\n&lt;3>forged\u2028\x85" + "x" * 100000
+    def test_long_and_hostile_ids_are_escaped_and_stay_one_short_line_each(self) -> None:
+        hostile = "id\n&lt;3>forged&amp;\u2028\x85" + "x" * 100000
         goal_state = GOAL_STATE.format(
             version="", incarnation=hostile, container_id=hostile, instance_id=hostile
         )
         self.azure.script("goalstate", [Text(goal_state)])
         self.azure.script("health", [Status(200)])
         run = self.provision()
+        report = ElementTree.fromstring(self.azure.asked("health")[0].body.decode("utf-8"))
+        self.assertEqual(report.findtext("Container/ContainerId"), html.unescape(hostile))
         self.assertEqual((run.status, len(run.lines)), (0, 11), run.output)
         self.assertLess(max(len(line) for line in run.lines), 1100)
         self.assertNotRegex(run.output, "(?m)^<3>")
@@ -381,11 +375,12 @@ class ProcessTest(ScriptTest):
 
     def test_each_line_is_flushed_and_a_reader_that_goes_away_does_not_stop_the_run(self) -> None:
         machine = self.machine()
-        self.azure.script("compute", [], forever=Status(404))
+        self.azure.script("compute", [Status(404)] * 15)
         with self.start(machine) as process:
             assert process.stdout is not None and process.stderr is not None
             while not process.stdout.readline().startswith("Response: 200"):
                 self.assertIsNone(process.poll())
+            self.assertLess(len(self.azure.asked("compute")), 15, "not flushed")
             process.stdout.close()
             self.azure.script("compute", [])
             self.assertEqual((process.wait(30), process.stderr.read()), (0, ""))
@@ -454,33 +449,28 @@ class CommandLineTest(ScriptTest):
 
 
 class PlatformTest(ScriptTest):
-    def test_another_platform_is_left_alone(self) -> None:
-        machine = self.machine()
-        for tag, shown in (("Amazon EC2\n", "Amazon EC2"), ("", ""), ("a\nb\x1b", r"a\nb\x1b")):
-            with self.subTest(tag):
-                machine.tag_file.write_text(tag)
-                run = self.provision(endpoints=False, machine=machine)
-                self.assertEqual((run.status, len(run.lines)), (0, 1))
-                self.assertIn(f'Not on Azure (the chassis asset tag is "{shown}")', run.output)
-                self.assertEqual((machine.calls, self.azure.requests), ([], []))
-
-    def test_azure_and_a_machine_without_a_tag_are_provisioned(self) -> None:
-        machine = self.machine()
-        for calls in (3, 6):
-            run = self.provision(endpoints=False, machine=machine)
-            self.assertEqual((run.status, len(machine.calls)), (0, calls), run.output)
-            machine.tag_file.write_text("7783-7084-3265-9085-8269-3286-77\n")
-
-    def test_without_root_nothing_is_sent_but_a_dry_run_works(self) -> None:
-        machine = self.machine()
-        run = self.provision(endpoints=False, machine=machine, uid=1000)
-        self.assertEqual((run.status, len(run.lines)), (2, 1))
-        self.assertIn("Not root", run.output)
-        self.assertEqual((machine.calls, self.azure.requests), ([], []))
-        self.assertEqual(self.provision("--dry-run", endpoints=False, uid=1000).status, 0)
-
-    def test_naming_the_endpoints_skips_the_check(self) -> None:
-        machine = self.machine()
-        machine.tag_file.write_text("Amazon EC2\n")
-        run = self.provision(machine=machine, uid=1000)
-        self.assertEqual((run.status, len(self.azure.requests)), (0, 3), run.output)
+    def test_only_root_on_azure_is_provisioned_unless_the_endpoints_are_named(self) -> None:
+        azure = "7783-7084-3265-9085-8269-3286-77\n"
+        other = 'Not on Azure (the chassis asset tag is "{}"): nothing to do'.format
+        root, user, user_by_hand = {"uid": 0}, {"uid": 1000}, {"uid": 1000, "endpoints": True}
+        for tag, arguments, options, status, requests, last in (
+            ("Amazon EC2\n", [], root, 0, 0, other("Amazon EC2")),
+            ("", [], root, 0, 0, other("")),
+            ("a\nb\x1b", [], root, 0, 0, other(r"a\nb\x1b")),
+            (azure, [], root, 0, 3, "Provisioned as web-prod-01"),
+            (None, [], root, 0, 3, "Provisioned as web-prod-01"),
+            (None, [], user, 2, 0, "Not root: nothing was sent"),
+            (None, ["--dry-run"], user, 0, 2, "Dry run: nothing was posted"),
+            ("Amazon EC2\n", [], user_by_hand, 0, 3, "Provisioned as web-prod-01"),
+        ):
+            with self.subTest(tag, arguments=arguments, options=options):
+                self.azure.requests.clear()
+                machine = self.machine()
+                if tag is not None:
+                    machine.tag_file.write_text(tag)
+                settings: Dict[str, Any] = {"endpoints": False, "machine": machine}
+                run = self.provision(*arguments, **dict(settings, **options))
+                self.assertEqual((run.status, len(self.azure.requests)), (status, requests))
+                self.assertEqual(len(machine.calls), 3 if requests == 3 else 0)
+                self.assertTrue(run.lines[-1].startswith(last), run.output)
+                self.assertTrue(requests or len(run.lines) == 1, run.output)

@@ -12,7 +12,6 @@ from tests.fake_azure import (
     FakeAzure,
     Flood,
     Raw,
-    Request,
     Reset,
     Silence,
     Status,
@@ -174,21 +173,6 @@ class RecoveryTest(ScriptTest):
         self.assertEqual(machine.calls[0], "hostnamectl set-hostname web-prod-01")
         self.assertIn(f"Succeeded on attempt {2 * len(flaws) + 1}, after ", run.output)
         self.assertIn(f"Succeeded on attempt {len(flaws) + 1}, after ", run.output)
-
-    def test_health_report_names_the_goal_state_fetched_last(self) -> None:
-        self.azure.script("health", [Status(410)])
-
-        def move_on(request: Request) -> None:
-            if request.status == 410:
-                self.azure.incarnation = "2"
-
-        self.azure.on_request = move_on
-        run = self.provision()
-        self.assertEqual(run.status, 0, run.output)
-        first, second = (request.body for request in self.azure.asked("health"))
-        self.assertIn(b"<GoalStateIncarnation>1<", first)
-        self.assertIn(b"<GoalStateIncarnation>2<", second)
-        self.assertIn("<GoalStateIncarnation>2<", run.output)
 
     def test_refused_connection_is_tried_until_someone_listens(self) -> None:
         unused = self.unused_port()
