@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import azure_provision
 from tests.fake_azure import GOAL_STATE, OK, Answer, Chunked, Raw, Request, Silence, Status, Text
-from tests.harness import ROOT, SCRIPT, Machine, Run, ScriptTest, popen
+from tests.harness import ROOT, SCRIPT, Machine, ScriptTest, popen, start_script
 
 MIB = 1024 * 1024  # the longest body that is accepted
 SLEEP = "/bin/sleep 600"
@@ -72,41 +72,38 @@ class FirstBootTest(ScriptTest):
             headers["Connection"] = "close"
             self.assertEqual(request.headers, dict(request.headers, **headers))
 
-    def test_unusual_goal_states_are_understood(self) -> None:
+    def test_unusual_answers_of_the_wireserver_are_understood_at_once(self) -> None:
         usual = self.azure.goal_state()
         incarnation = "<Incarnation>1</Incarnation>"  # the default, too
         second = "<RoleInstance><InstanceId>second</InstanceId></RoleInstance></RoleInstanceList>"
-        unusual: Dict[str, Answer] = {
-            "no incarnation": Text(usual.replace(incarnation, "")),
-            "empty incarnation": Text(usual.replace(incarnation, "<Incarnation/>")),
-            "blank incarnation": Text(usual.replace(incarnation, "<Incarnation> </Incarnation>")),
-            "second instance": Text(usual.replace("</RoleInstanceList>", second)),
-            "other encoding declared": Text(usual.replace('"utf-8"', '"utf-16"')),
-            "byte order mark, in chunks": Chunked("\ufeff" + usual),
-            "without a length": Raw(OK + b"\r\n" + usual.encode()),
-        }
-        for name, answer in unusual.items():
-            with self.subTest(name):
+        unusual: List[Answer] = [
+            Text(usual.replace(incarnation, "")),
+            Text(usual.replace(incarnation, "<Incarnation/>")),
+            Text(usual.replace(incarnation, "<Incarnation> </Incarnation>")),
+            Text(usual.replace("</RoleInstanceList>", second)),
+            Text(usual.replace('"utf-8"', '"utf-16"')),
+            Chunked("\ufeff" + usual),
+            Raw(OK + b"\r\n" + usual.encode()),
+        ]
+        for answer in unusual:
+            with self.subTest(vars(answer)):
                 self.assertNotEqual(getattr(answer, "body", b""), usual.encode())
                 self.azure.requests.clear()
                 self.azure.ready.clear()
                 self.azure.script("goalstate", [answer])
-                self.assertEqual(self.provision().status, 0)
+                self.assertEqual((self.provision().status, len(self.azure.requests)), (0, 3))
                 self.assertTrue(self.azure.ready.is_set())
-                self.assertEqual(len(self.azure.requests), 3)
-
-    def test_any_2xx_accepts_the_health_report(self) -> None:
         for status in (200, 201, 202, 204, 299):
             with self.subTest(status):
                 self.azure.requests.clear()
                 self.azure.script("health", [Status(status)])
                 run = self.provision()
-                self.assertEqual((run.status, len(self.azure.asked("health"))), (0, 1))
+                self.assertEqual((run.status, len(self.azure.requests)), (0, 3))
                 self.assertIn(f"Response: {status}", run.output)
 
 
 class HostnameTest(ScriptTest):
-    def assert_hostname(self, name: str, requests: int = 1) -> Run:
+    def assert_hostname(self, name: str, requests: int = 1) -> None:
         """A run sets NAME, after so many REQUESTS to IMDS."""
         self.azure.requests.clear()
         machine = self.machine()
@@ -114,7 +111,6 @@ class HostnameTest(ScriptTest):
         self.assertEqual(run.status, 0, run.output)
         self.assertEqual(machine.calls[0], f"hostnamectl set-hostname {name}")
         self.assertEqual(len(self.azure.asked("compute")), requests)
-        return run
 
     def test_old_imds_gives_the_vm_name(self) -> None:
         self.azure.newest_version = "2019-06-01"
@@ -155,7 +151,7 @@ class HostnameTest(ScriptTest):
         for answer, name in cases:
             with self.subTest(name, answer=getattr(answer, "body", b"")[:90]):
                 self.azure.script("compute", [answer])
-                self.assertLess(self.assert_hostname(name).seconds, 3)
+                self.assert_hostname(name)
 
     def test_invalid_names_are_final_and_change_nothing(self) -> None:
         machine = self.machine()
@@ -212,7 +208,6 @@ class SetHostnameTest(ScriptTest):
                     environment={"SYSTEMD_COLORS": "1", "LC_ALL": "de_DE.UTF-8", "HOME": "/"},
                 )
                 self.assertEqual(run.status, 0, run.output)
-                self.assertLess(run.seconds, 5)
                 self.assertIn(f"\nhostnamectl: {reason}", run.output)
                 self.assertIn("; setting the hostname without hostnamectl\n", run.output)
                 self.assertEqual(machine.hostname_file.read_text(), "web-prod-01\n")
@@ -376,7 +371,7 @@ class ProcessTest(ScriptTest):
     def test_each_line_is_flushed_and_a_reader_that_goes_away_does_not_stop_the_run(self) -> None:
         machine = self.machine()
         self.azure.script("compute", [Status(404)] * 15)
-        with self.start(machine) as process:
+        with start_script(machine, *self.endpoints) as process:
             assert process.stdout is not None and process.stderr is not None
             while not process.stdout.readline().startswith("Response: 200"):
                 self.assertIsNone(process.poll())
@@ -411,17 +406,14 @@ class CommandLineTest(ScriptTest):
         self.assertEqual(self.provision("--dry-run").status, 1)
         self.assertEqual(len(self.azure.asked("goalstate")), 2)
 
-    def test_version_stands_in_the_script_alone(self) -> None:
-        run = self.provision("--version")
-        self.assertEqual((run.status, run.errors), (0, ""))
-        self.assertRegex(run.output, r"^azure_provision.py \d+\.\d+\.\d+\n$")
-        self.assertNotIn(run.output.split()[1], (ROOT / "pyproject.toml").read_text())
-
-    def test_help_names_every_option(self) -> None:
-        run = self.provision("--help")
-        self.assertEqual((run.status, run.errors), (0, ""))
+    def test_version_is_that_of_the_script_and_help_names_every_option(self) -> None:
+        version, usage = self.provision("--version"), self.provision("--help")
+        for run in (version, usage):
+            self.assertEqual((run.status, run.errors), (0, ""))
+        self.assertRegex(version.output, r"^azure_provision.py \d+\.\d+\.\d+\n$")
+        self.assertNotIn(version.output.split()[1], (ROOT / "pyproject.toml").read_text())
         for option in ("--wireserver", "--imds", "--dry-run", "--version", "--help"):
-            self.assertIn(option, run.output)
+            self.assertIn(option, usage.output)
 
     def test_usage_errors_are_status_2_and_one_clear_line(self) -> None:
         both = "give both --wireserver and --imds, or neither$"

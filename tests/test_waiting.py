@@ -18,7 +18,7 @@ from tests.fake_azure import (
     Text,
     Trickle,
 )
-from tests.harness import SCRIPT, Clock, Run, ScriptTest
+from tests.harness import Clock, ScriptTest, start_script
 
 MIB = 1024 * 1024
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -64,31 +64,11 @@ for _length in (b"0_3", b"+3", b"-3", b"3, 3", b"", b"\xb2", b"3\r\nContent-Leng
     _answer = Raw(OK + b"Content-Length: " + _length + b"\r\n\r\nweb")
     FAULTS.append((_answer, "the Content-Length is not one number"))
 
-# What only a goal state can be wrong about.
-GOAL_STATE_FAULTS: List[Tuple[Union[bytes, str], str]] = [
-    ("", "is not valid XML: no element found"),
-    ("{}", "is not valid XML"),
-    ("<GoalState><Container>", "is not valid XML"),
-    ("<a>" * 100000, "is not valid XML"),
-    ("<html><body>It works!</body></html>", "no ContainerId or no InstanceId"),
-    ('<!DOCTYPE x [<!ENTITY a "a">]><GoalState>&a;</GoalState>', "has a DOCTYPE or a NUL"),
-    ("<GoalState>&x;</GoalState>", "is not valid XML: undefined entity"),
-    ("<GoalState>&a\u2028\x85;</GoalState>", "is not valid XML"),
-    ("<GoalState>\0</GoalState>", "has a DOCTYPE or a NUL"),
-    (b"<GoalState>\xff</GoalState>", "is not valid XML: .*utf-8"),
-    # UTF-16 would hide a DOCTYPE.
-    (
-        '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE x><GoalState/>'.encode("utf-16"),
-        "is not valid XML: .*utf-8",
-    ),
-    ("<!DOCTYPE x><GoalState/>".encode("utf-16-le"), "has a DOCTYPE or a NUL"),
-]
-
 
 class FaultTest(ScriptTest):
     """A run that has no time to try again."""
 
-    def refuse(self, resource: str, answers: Sequence[Answer], reason: str) -> Run:
+    def refuse(self, resource: str, answers: Sequence[Answer], reason: str) -> None:
         """The run fails at once, for REASON, when RESOURCE gives ANSWERS; nothing is changed."""
         self.azure.script(resource, answers)
         self.azure.requests.clear()
@@ -100,9 +80,7 @@ class FaultTest(ScriptTest):
         self.assertEqual((run.status, machine.calls), (1, []))
         self.assertRegex(run.lines[-1], f"^Not provisioned: .*({reason})")
         self.assertLess(len(run.lines[-1]), 360)
-        self.assertLess(run.seconds, 5)
         self.assertEqual(self.azure.requests[-1].resource, resource)
-        return run
 
     def refuse_all_faults(self, resource: str, before: Sequence[Answer] = ()) -> None:
         """Each fault fails the run, if it comes from RESOURCE after the answers BEFORE."""
@@ -128,7 +106,24 @@ class FaultTest(ScriptTest):
         self.refuse_all_faults("compute", before=[Status(400), Status(400)])
 
     def test_invalid_goal_state(self) -> None:
-        cases = list(GOAL_STATE_FAULTS)
+        cases: List[Tuple[Union[bytes, str], str]] = [
+            ("", "is not valid XML: no element found"),
+            ("{}", "is not valid XML"),
+            ("<GoalState><Container>", "is not valid XML"),
+            ("<a>" * 100000, "is not valid XML"),
+            ("<html><body>It works!</body></html>", "no ContainerId or no InstanceId"),
+            ('<!DOCTYPE x [<!ENTITY a "a">]><GoalState>&a;</GoalState>', "has a DOCTYPE or a NUL"),
+            ("<GoalState>&x;</GoalState>", "is not valid XML: undefined entity"),
+            ("<GoalState>&a\u2028\x85;</GoalState>", "is not valid XML"),
+            ("<GoalState>\0</GoalState>", "has a DOCTYPE or a NUL"),
+            (b"<GoalState>\xff</GoalState>", "is not valid XML: .*utf-8"),
+            # UTF-16 would hide a DOCTYPE.
+            (
+                '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE x><GoalState/>'.encode("utf-16"),
+                "is not valid XML: .*utf-8",
+            ),
+            ("<!DOCTYPE x><GoalState/>".encode("utf-16-le"), "has a DOCTYPE or a NUL"),
+        ]
         for name in ("ContainerId", "InstanceId"):
             start, rest = self.azure.goal_state().split(f"<{name}>")
             end = rest.split(f"</{name}>")[1]
@@ -177,8 +172,8 @@ class RecoveryTest(ScriptTest):
     def test_refused_connection_is_tried_until_someone_listens(self) -> None:
         unused = self.unused_port()
         address = unused.getsockname()
-        endpoints = ("--wireserver", "{}:{}".format(*address), "--imds", self.azure.imds)
-        process = self.start(self.machine(), *endpoints)
+        wireserver = "{}:{}".format(*address)
+        process = start_script(self.machine(), *self.endpoints, "--wireserver", wireserver)
         assert process.stdout is not None
         lines = [process.stdout.readline(), process.stdout.readline()]
         self.assertIn("Connection refused; retrying for up to 1200 s", lines[1])
@@ -257,10 +252,5 @@ class DeadlineTest(ScriptTest):
 
     def test_unreachable_platform_for_the_whole_limit_leaves_a_short_journal(self) -> None:
         endpoint = "{}:{}".format(*self.unused_port().getsockname())
-        run = self.provision("--wireserver", endpoint, "--imds", endpoint, endpoints=False)
+        run = self.provision("--wireserver", endpoint)
         self.assertEqual((run.status, len(run.lines)), (1, 3), run.output)
-
-    def test_wall_clock_is_not_asked(self) -> None:
-        text = SCRIPT.read_text(encoding="utf-8")
-        words = ("time.time(", "datetime", "time.sleep(")
-        self.assertEqual([text.count(word) for word in words], [0, 0, 1])
