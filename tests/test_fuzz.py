@@ -171,10 +171,10 @@ class Fuzz:
     def __init__(self, azure: FuzzedAzure, machine: Machine) -> None:
         self.azure, self.machine = azure, machine
         self.ends = {0: 0, 1: 0}
-        self.commands: List[Tuple[str, ...]] = []
+        self.commands: List[List[str]] = []
 
-    def run_tool(self, *command: str, timeout: float) -> str:
-        self.commands.append(command)
+    def run_tool(self, command: str, timeout: float = 0) -> str:
+        self.commands.append(command.split(" "))
         return ""
 
     def run(self, case: Case) -> None:
@@ -200,7 +200,7 @@ class Fuzz:
         tool, verb, name = self.commands[0]
         assert (tool, verb) == ("hostnamectl", "set-hostname") and valid(name), self.commands
         assert self.machine.hostname_file.read_text() == name + "\n"
-        assert self.commands[-1][:2] == ("systemctl", "disable"), self.commands
+        assert self.commands[-1][:2] == ["systemctl", "disable"], self.commands
 
 
 def fuzz(runs: int, seed: int, first: int = 0) -> Tuple[List[str], str]:

@@ -1,5 +1,7 @@
 """What the README says: its commands, its links, and each line of its table."""
 
+import errno
+import os
 import re
 import unittest
 from typing import Any, List
@@ -66,7 +68,7 @@ class TableTest(ScriptTest):
         self.azure.script("compute", [Text('{"name": "not_valid"}')])
         run(status=1)
         failing = self.machine(hostnamectl="exit 1", systemctl="exit 1")
-        with mock.patch.object(Machine, "sethostname", side_effect=PermissionError(1, "No")):
+        with mock.patch.object(Machine, "sethostname", side_effect=PermissionError(errno.EPERM, os.strerror(errno.EPERM))):
             run(machine=failing, status=1)
         run(machine=failing)
         run(HOSTNAME_FILE="/dev/full")

@@ -23,6 +23,7 @@ from tests.harness import Clock, ScriptTest, start_script
 MIB = 1024 * 1024
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 TIMED_OUT = "timed out after 0 s"
+TRUNCATED = "the body is truncated, or over 1048576 bytes"
 
 # What no step takes for an answer, and what is said of it.
 FAULTS: List[Tuple[Answer, str]] = [
@@ -40,17 +41,17 @@ FAULTS: List[Tuple[Answer, str]] = [
         Flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
         f"{TIMED_OUT}|more than 100 interim responses",
     ),
-    (Flood(OK + b"\r\n"), "more than 1048576 bytes"),
+    (Flood(OK + b"\r\n"), TRUNCATED),
     (Flood(OK, b"X: y\r\n" * 1000), "got more than 100 headers"),
     (Flood(OK + b"X: "), "got more than 65536 bytes"),
     (Flood(CHUNKED + b"-1\r\n"), "got more than 65536 bytes when reading chunk size"),
-    (Flood(CHUNKED + b"fffffffffffff\r\n"), "more than 1048576 bytes"),
+    (Flood(CHUNKED + b"fffffffffffff\r\n"), TRUNCATED),
     # Too much, or too little.
-    (Text("x" * (MIB + 1)), "more than 1048576 bytes"),
-    (Chunked("x" * (MIB + 1)), "more than 1048576 bytes"),
-    (Raw(OK + b"Content-Length: 99999999999999999999\r\n\r\nweb-prod"), "lacks 9{18}91 bytes"),
-    (Raw(OK + b"Content-Length: 40\r\n\r\nweb-prod"), "lacks 32 bytes"),
-    (Raw(OK + b"Content-Length: 11\r\n\r\n"), "lacks 11 bytes"),
+    (Text("x" * (MIB + 1)), TRUNCATED),
+    (Chunked("x" * (MIB + 1)), TRUNCATED),
+    (Raw(OK + b"Content-Length: 99999999999999999999\r\n\r\nweb-prod"), TRUNCATED),
+    (Raw(OK + b"Content-Length: 40\r\n\r\nweb-prod"), TRUNCATED),
+    (Raw(OK + b"Content-Length: 11\r\n\r\n"), TRUNCATED),
     (Raw(CHUNKED + b"20\r\nweb-prod\r\n"), "IncompleteRead"),
     (Raw(CHUNKED + b"hello\r\nweb\r\n0\r\n\r\n"), "IncompleteRead"),
     # A status that is not accepted; its body is not waited for, and a redirect not followed.
@@ -166,8 +167,8 @@ class RecoveryTest(ScriptTest):
             + ["compute"] * (len(flaws) + 1),
         )
         self.assertEqual(machine.calls[0], "hostnamectl set-hostname web-prod-01")
-        self.assertIn(f"Succeeded on attempt {2 * len(flaws) + 1}, after ", run.output)
-        self.assertIn(f"Succeeded on attempt {len(flaws) + 1}, after ", run.output)
+        self.assertIn(f"Succeeded on attempt {2 * len(flaws) + 1} after ", run.output)
+        self.assertIn(f"Succeeded on attempt {len(flaws) + 1} after ", run.output)
 
     def test_refused_connection_is_tried_until_someone_listens(self) -> None:
         unused = self.unused_port()
@@ -175,8 +176,7 @@ class RecoveryTest(ScriptTest):
         wireserver = "{}:{}".format(*address)
         process = start_script(self.machine(), *self.endpoints, "--wireserver", wireserver)
         assert process.stdout is not None
-        lines = [process.stdout.readline(), process.stdout.readline()]
-        self.assertIn("Connection refused; retrying for up to 1200 s", lines[1])
+        self.assertIn("Connection refused; retrying for up to 1200 s", process.stdout.readline())
         unused.close()
         with FakeAzure(wireserver=address) as late:
             rest, errors = process.communicate(timeout=30)
@@ -223,7 +223,7 @@ class DeadlineTest(ScriptTest):
         """The pauses and the lines of a step that fails for all of its twenty minutes."""
         clock = Clock()
 
-        def attempt() -> None:
+        def attempt() -> Tuple[str, str]:
             raise ProvisioningError(reason(len(clock.pauses)))
 
         def step(*_: Any) -> None:
@@ -247,10 +247,9 @@ class DeadlineTest(ScriptTest):
         self.assertEqual(len(self.outage(lambda _: "refused")[1]), 1)
         _, lines = self.outage(lambda count: f"reason {count}")
         self.assertEqual(len(lines), 10)
-        self.assertIn("further reasons are not logged", lines[-1])
         self.assertEqual(len(self.outage(lambda count: f"reason {count % 2}")[1]), 10)
 
     def test_unreachable_platform_for_the_whole_limit_leaves_a_short_journal(self) -> None:
         endpoint = "{}:{}".format(*self.unused_port().getsockname())
         run = self.provision("--wireserver", endpoint)
-        self.assertEqual((run.status, len(run.lines)), (1, 3), run.output)
+        self.assertEqual((run.status, len(run.lines)), (1, 2), run.output)

@@ -8,15 +8,13 @@ from tests.boot.machine import Boot, BootTest
 from tests.fake_azure import Answer, Raw, Silence, Status
 
 STEPS = [
-    r"<6>Retrieving the goal state from the WireServer, 168\.63\.129\.16",
     r"<6>ContainerId: [0-9a-f-]{36}",
     r"<6>InstanceId: [0-9a-f-]{36}\.MachineRole_IN_0",
     r"<6>Health report: <Health>.*<State>Ready</State>.*</Health>",
     r"<6>Response: 200 OK",
-    r"<6>Retrieving the hostname from IMDS, 169\.254\.169\.254",
     r"<6>Hostname: web-prod-01 \(computerName\)",
     r"<6>Hostname set by hostnamectl",
-    r"<5>Hostname not published: there is no default route; DHCP clients send it at the next boot",
+    r"<5>Hostname not published: there is no default route; reboot, or restart the DHCP client",
     r"<6>azure-provisioning\.service disabled",
     r"<6>Provisioned as web-prod-01 in \d\.\d\d s",
 ]
