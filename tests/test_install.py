@@ -10,11 +10,12 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 from unittest import mock
 
 from tests.harness import INSTALLER, ROOT, SCRIPT, UNIT_FILE
 
+OPTIONS = ("--check", "--no-enable", "--uninstall")
 Files = Dict[str, str]  # path: content, or "-> target" for a symlink
 
 SYSTEM = "etc/systemd/system/"
@@ -25,6 +26,8 @@ LINK = WANTS + UNIT
 PRESET = "etc/systemd/system-preset/20-azure-provisioning.preset"
 SCRIPT_PATH = "usr/local/sbin/azure_provision.py"
 
+GOOD_PYTHON = "#!/bin/sh\ncat >/dev/null; echo azure_provision.py 1.2.3"
+
 NETPLAN = "etc/netplan/a.yaml"
 NETWORK = "etc/systemd/network/a.network"
 NM_CONF = "etc/NetworkManager/conf.d/a.conf"
@@ -32,13 +35,14 @@ NM_PROFILE = "etc/NetworkManager/system-connections/Wired connection 1.nmconnect
 IFCFG = "etc/sysconfig/network-scripts/ifcfg-eth0"
 INTERFACES = "etc/network/interfaces"
 RULES = "etc/udev/rules.d/70-persistent-net.rules"
-DRIVER_RULE = 'SUBSYSTEM=="net", ATTR{address}=="00:0d:3a:*", NAME="a"\n'
 
 MAC = "00:22:48:AA:bb:cc"
 MAC_FIX = "is bound to a MAC address that no VM of the image has: match by name or driver, or"
 KEYGEN_FIX = "has no host keys in a VM, as nothing creates them: add a unit that runs ssh-keygen -A"
 AGENT_FIX = "also reports to Azure: remove its package, or "
 SHARED = "would be shared by all VMs: "
+NO_CLIENT = "no DHCP client is enabled and configured: enable one"
+NOT_FIRST_BOOT = 'creates SSH host keys only if /etc/machine-id is missing or "uninitialized":'
 
 # A file that makes an image unsound, and what is said about it.
 UNSOUND = (
@@ -68,75 +72,174 @@ UNSOUND = (
     ("var/lib/dbus/machine-id", "0" * 32, SHARED + "replace it with a link to /etc/machine-id"),
 )
 
-# Files that an image may have: others than those above, or with what settles their problem.
-SOUND: Tuple[Files, ...] = (
-    {NETPLAN: f"# macaddress: {MAC}\nmatch: {{driver: hv_netvsc}}\n"},
-    {NETPLAN: f"dhcp4: true # not macaddress: {MAC}\n"},
-    {NETPLAN: "macaddress: random\n"},
-    {NETWORK: f"[Match]\nName=e*\n#MACAddress={MAC}\n;MACAddress={MAC}\n"},
-    {NETWORK: f"[DHCPServerStaticLease]\nMACAddress={MAC}\n"},
-    {NETWORK: "-> /dev/null"},
-    {"usr/lib/systemd/network/99-default.link": "[Link]\nMACAddressPolicy=persistent\n"},
-    {"usr/lib/systemd/network/a.network.example": f"[Match]\nMACAddress={MAC}\n"},
-    {NM_PROFILE: f"[ethernet]\n#mac-address={MAC}\nmac-address-denylist={MAC}\n"},
-    {NM_PROFILE: "[ethernet]\ncloned-mac-address=stable\n"},
-    {NM_CONF: f"[keyfile]\nunmanaged-devices=mac:{MAC}\n"},
-    {NM_CONF: f"[connection]\n#ethernet.mac-address={MAC}\n"},
-    {IFCFG: f"#HWADDR={MAC}\nDEVICE=eth0\n"},
-    {INTERFACES: f"#hwaddress {MAC}\nup arp -s 10.0.0.1 {MAC}\n"},
-    {RULES: DRIVER_RULE + f'#ATTR{{address}}=="{MAC}"\n'},
-    {"etc/ssh/sshd_config": ""},
-    {"etc/machine-id": ""},
-    {"etc/machine-id": "uninitialized\n"},
-    {"var/lib/dbus/machine-id": "-> /etc/machine-id"},
-    {"usr/bin/cloud-init": "", "etc/cloud/cloud-init.disabled": "by the installer"},
-    {"usr/sbin/waagent": "", SYSTEM + "walinuxagent.service": "-> /dev/null"},
-    {"usr/bin/azure-init": "", SYSTEM + "azure-init.service": "-> /dev/null"},
-    {"usr/bin/afterburn": "", SYSTEM + "afterburn-checkin.service": "-> /dev/null"},
-    {
-        "usr/sbin/sshd": "",
-        "usr/lib/systemd/system/sshd-keygen@.service": "[Service]\nExecStart=/x/sshd-keygen %i\n",
-    },
-    {
-        "usr/sbin/sshd": "",
-        SYSTEM + "ssh.service.d/a.conf": "[Service]\nExecStartPre=/usr/bin/ssh-keygen -A\n",
-    },
-)
+# What an image may have, all at once.
+SOUND: Files = {
+    NETPLAN: f"# macaddress: {MAC}\nmatch: {{driver: hv_netvsc}}\nmacaddress: random\n",
+    "etc/netplan/b.yaml": f"dhcp4: true # not macaddress: {MAC}\n",
+    NETWORK: f"[Match]\nName=e*\n#MACAddress={MAC}\n;MACAddress={MAC}\n",
+    "etc/systemd/network/b.network": f"[DHCPServerStaticLease]\nMACAddress={MAC}\n",
+    "etc/systemd/network/c.network": "-> /dev/null",
+    "usr/lib/systemd/network/99-default.link": "[Link]\nMACAddressPolicy=persistent\n",
+    "usr/lib/systemd/network/a.network.example": f"[Match]\nMACAddress={MAC}\n",
+    NM_PROFILE: f"[ethernet]\n#mac-address={MAC}\nmac-address-denylist={MAC}\n",
+    "etc/NetworkManager/system-connections/b": "[ethernet]\ncloned-mac-address=stable\n",
+    NM_CONF: f"[keyfile]\nunmanaged-devices=mac:{MAC}\n#ethernet.mac-address={MAC}\n",
+    IFCFG: f"#HWADDR={MAC}\nDEVICE=eth0\n",
+    INTERFACES: f"#hwaddress {MAC}\nup arp -s 10.0.0.1 {MAC}\n",
+    RULES: f'#ATTR{{address}}=="{MAC}"\nATTR{{address}}=="00:0d:3a:*", NAME="a"\n',
+    "etc/ssh/sshd_config": "",
+    "var/lib/dbus/machine-id": "-> /etc/machine-id",
+    "usr/bin/cloud-init": "",
+    "etc/cloud/cloud-init.disabled": "by the installer",
+    "usr/sbin/waagent": "",
+    SYSTEM + "walinuxagent.service": "-> /dev/null",
+    "usr/bin/azure-init": "",
+    SYSTEM + "azure-init.service": "-> /dev/null",
+    "usr/bin/afterburn": "",
+    SYSTEM + "afterburn-checkin.service": "-> /dev/null",
+}
+
+UNINITIALIZED: Files = {"etc/machine-id": "uninitialized\n"}
+
+
+def enabled(unit: str) -> Files:
+    return {WANTS + unit: f"-> /usr/lib/systemd/system/{unit}"}
+
 
 # Each set of files is a DHCP client that works; without any one of them, none does.
-NETWORKMANAGER = {WANTS + "NetworkManager.service": "-> /lib/systemd/system/NetworkManager.service"}
 CLIENTS: Tuple[Files, ...] = (
+    {**enabled("systemd-networkd.service"), NETWORK: "[Match]\nName=e*\n[Network]\nDHCP=ipv4\n"},
     {
-        WANTS + "systemd-networkd.service": "-> /lib/systemd/system/systemd-networkd.service",
-        NETWORK: "[Match]\nName=e*\n[Network]\nDHCP=ipv4\n",
-    },
-    {
-        "usr/lib/systemd/system-preset/90-systemd.preset": "enable systemd-networkd.service\n",
+        "usr/lib/systemd/system-preset/90.preset": "enable systemd-networkd.service\n",
         "usr/lib/systemd/network/a.network": "[Network]\nDHCP = true\n",
-        "etc/machine-id": "uninitialized\n",
+        **UNINITIALIZED,
     },
     {
         "lib/systemd/system-generators/netplan": "-> /usr/libexec/netplan/generate",
         NETPLAN: "network: {ethernets: {eth0: {dhcp4: true}}}\n",
     },
-    NETWORKMANAGER,
-    {
-        WANTS + "networking.service": "-> /lib/systemd/system/networking.service",
-        INTERFACES: "auto eth0\niface eth0 inet dhcp\n",
-    },
-    {WANTS + "dhcpcd.service": "-> /dhcpcd.service"},
+    enabled("NetworkManager.service"),
+    {**enabled("networking.service"), INTERFACES: "auto eth0\niface eth0 inet dhcp\n"},
+    enabled("dhcpcd.service"),
     {"usr/lib/systemd/system/multi-user.target.wants/dhclient@eth0.service": "-> ../a"},
-    {
-        WANTS + "wicked.service": "-> /usr/lib/systemd/system/wicked.service",
-        IFCFG: 'BOOTPROTO="dhcp"\n',
-    },
+    {**enabled("wicked.service"), IFCFG: 'BOOTPROTO="dhcp"\n'},
     {"etc/rc3.d/S10network": "-> ../init.d/network", IFCFG: 'BOOTPROTO="dhcp"\n'},
+)
+
+
+SSHD: Files = {"usr/sbin/sshd": ""}
+KEYGEN = "usr/lib/systemd/system/sshd-keygen.service"
+DROP_IN = {SYSTEM + "ssh.service.d/keys.conf": "[Service]\nExecStartPre=/bin/ssh-keygen -A\n"}
+# as in Debian 13
+FIRST_BOOT = {KEYGEN: "[Unit]\nConditionFirstBoot=yes\n[Service]\nExecStart=ssh-keygen -A\n"}
+NM_SERVER = {
+    **enabled("NetworkManager.service"),
+    "usr/lib/NetworkManager/conf.d/00-server.conf": "[main]\nno-auto-default=*\n",
+}
+NM_LIB = "usr/lib/NetworkManager/conf.d/a.conf"
+NM_MAC = f"[ethernet]\nmac-address={MAC}\n"
+
+# More than one file, on an image without or with a DHCP client: what is said about them, if anything.
+SETS: Tuple[Tuple[bool, Files, str], ...] = (
+    (True, {}, ""),
+    (True, SOUND, ""),
+    (True, UNINITIALIZED, ""),
+    (True, {SYSTEM + "dhcpcd.service": "-> /dev/null"}, NO_CLIENT),
+    (False, NM_SERVER, NO_CLIENT),
+    (False, {**NM_SERVER, NM_PROFILE: "[ipv4]\nmethod=auto\n"}, ""),
+    (True, {**SSHD, KEYGEN: "[Service]\nExecStart=/usr/libexec/openssh/sshd-keygen %i\n"}, ""),
+    (True, {**SSHD, **DROP_IN}, ""),
+    (True, {**SSHD, **FIRST_BOOT}, f"/{KEYGEN} {NOT_FIRST_BOOT}"),
+    (True, {**SSHD, **FIRST_BOOT, **UNINITIALIZED}, ""),
+    (True, {**SSHD, **FIRST_BOOT, **DROP_IN}, ""),
+    # as in cloud-init.service
+    (
+        True,
+        {**SSHD, KEYGEN: "# ssh-keygen\nWants=sshd-keygen.service\n"},
+        f"/usr/sbin/sshd {KEYGEN_FIX}",
+    ),
+    # merged /usr is looked at once, and links are followed inside the image
+    (True, {"lib": "-> usr/lib", NM_LIB: NM_MAC}, f"/{NM_LIB} {MAC_FIX}"),
+    (
+        True,
+        {NM_CONF: "-> /usr/share/nm.conf", "usr/share/nm.conf": NM_MAC},
+        f"/{NM_CONF} {MAC_FIX}",
+    ),
+)
+
+LIB = "/usr/lib/systemd/system"
+PYTHON = "usr/bin/python3"
+HIDDEN = "which the unit's sandbox hides"
+HOME_LINK = {"opt/link": "-> ../home/me", "home/me/python3": "#!/bin/sh"}
+HOME_IS_LINK = {"home": "-> opt/home", "opt/home/python3": "#!/bin/sh"}
+NO_PROGRAM = "the image has no program /usr/{}: install python3"
+CANNOT_RUN = (
+    "python3 cannot run the script, which needs Python 3.6 or newer and all of its library: "
+)
+HIDE = "import sys; sys.modules['http.client'] = None; exec(sys.stdin.read())"
+
+# Files and variables that the installer refuses, and what it says.
+REFUSED: Tuple[Tuple[Files, Files, str], ...] = (
+    ({SCRIPT_PATH + "/file": ""}, {}, "azure_provision.py is a directory"),
+    ({"usr/local": ""}, {}, "/usr/local is not a directory"),
+    ({UNIT_PATH: "-> /dev/null"}, {}, f"/{UNIT_PATH} masks the unit: delete it"),
+    ({UNIT_PATH: ""}, {"UNITDIR": f"/{SYSTEM}"}, f"/{UNIT_PATH} masks the unit: delete it"),
+    ({UNIT_PATH: "-> /dev/null"}, {"UNITDIR": LIB}, f"/{UNIT_PATH} masks the unit: delete it"),
+    (
+        {UNIT_PATH: "[Unit]\n"},
+        {"UNITDIR": LIB},
+        f"takes precedence over a unit in {LIB}: delete it",
+    ),
+    ({}, {"PREFIX": "/root"}, HIDDEN),
+    ({}, {"PREFIX": "/run/user/0"}, HIDDEN),
+    ({}, {"PREFIX": "/tmp"}, HIDDEN),
+    ({}, {"PREFIX": "/var/tmp/a"}, HIDDEN),
+    ({"home/me/python3": "#!/bin/sh"}, {"PYTHON": "/home/me/python3"}, HIDDEN),
+    (HOME_LINK, {"PREFIX": "/opt/link"}, HIDDEN),
+    (HOME_LINK, {"PYTHON": "/opt/link/python3"}, HIDDEN),
+    (HOME_IS_LINK, {"PREFIX": "/opt/home"}, HIDDEN),
+    (HOME_IS_LINK, {"PYTHON": "/opt/home/python3"}, HIDDEN),
+    ({}, {"PYTHON": "/usr/bin/missing"}, NO_PROGRAM.format("bin/missing")),
+    ({}, {"PYTHON": "/usr/lib"}, NO_PROGRAM.format("lib")),
+    ({}, {"PYTHON": "/usr/bin/"}, NO_PROGRAM.format("bin/")),
+    ({PYTHON: ""}, {}, NO_PROGRAM.format("bin/python3")),
+    ({PYTHON: "-> /no/such/python"}, {}, NO_PROGRAM.format("bin/python3")),
+    ({PYTHON: "-> python3"}, {}, NO_PROGRAM.format("bin/python3")),
+    ({PYTHON: "#!/bin/sh\necho file; echo SyntaxError: x >&2; exit 1"}, {}, CANNOT_RUN + "Syntax"),
+    ({PYTHON: "#!/bin/sh\necho unknown -I >&2; exit 2"}, {}, CANNOT_RUN + "unknown -I"),
+    ({PYTHON: "#!/bin/sh\ncat >/dev/null"}, {}, CANNOT_RUN),
+    ({PYTHON: "#!/bin/sh\necho GNU bash"}, {}, CANNOT_RUN + "GNU bash"),
+    ({PYTHON: '#!/bin/sh\necho "$@"; exit 1'}, {}, CANNOT_RUN + "-I -S -B - --version"),
+    (
+        {PYTHON: f"#!/bin/sh\nexec '{sys.executable}' -c \"{HIDE}\" --version"},
+        {},
+        CANNOT_RUN + ".*http.client",
+    ),
 )
 
 
 def full_disk() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def ignore_sigpipe() -> None:
+    """As for every service of systemd: IgnoreSIGPIPE=."""
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
+def run(*command: str, **options: Any) -> Tuple[int, str, str]:
+    """Run a command; return its status, output and error output."""
+    process = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        timeout=30,
+        **options,
+    )
+    return process.returncode, process.stdout, process.stderr
 
 
 class InstallerTest(unittest.TestCase):
@@ -152,18 +255,21 @@ class InstallerTest(unittest.TestCase):
         self.tools.mkdir()
         self.tool("chroot", 'root=$1; shift; program=$1; shift; "$root$program" "$@"')
 
-    def new_tree(self, dhcp: bool = True) -> None:
-        """Begin again with a sound image, or one that only lacks a DHCP client."""
+    def new_tree(self, *sets: Files, dhcp: bool = True) -> None:
+        """Begin again with a sound image, perhaps without a DHCP client, and SETS of files."""
         shutil.rmtree(str(self.tree), ignore_errors=True)
-        self.python("cat >/dev/null; echo azure_provision.py 1.2.3")
-        self.write("etc/machine-id")
         container = "[Match]\nVirtualization=container\n[Network]\nDHCP=yes\n"
-        self.write("usr/lib/systemd/network/80-container-host0.network", container)
-        if dhcp:
-            self.write(WANTS + "dhcpcd.service", "-> /usr/lib/systemd/system/dhcpcd.service")
+        sound = {
+            PYTHON: GOOD_PYTHON,
+            "etc/machine-id": "",
+            "usr/lib/systemd/network/80-container-host0.network": container,
+        }
+        for files in (sound, enabled("dhcpcd.service") if dhcp else {}, *sets):
+            for name, content in files.items():
+                self.write(name, content)
 
     def write(self, name: str, content: str = "") -> Path:
-        """Put a file into the tree, or a link, if CONTENT is "-> target"."""
+        """Put a file into the tree: a link, if CONTENT is "-> target", or a program."""
         path = self.tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink() or path.is_file():
@@ -172,11 +278,8 @@ class InstallerTest(unittest.TestCase):
             path.symlink_to(content[3:])
         else:
             path.write_text(content, encoding="utf-8")
+            path.chmod(0o755 if content.startswith("#!") else 0o644)
         return path
-
-    def python(self, action: str, path: str = "usr/bin/python3") -> None:
-        """Put a Python into the tree that does ACTION, in shell."""
-        self.write(path, f"#!/bin/sh\n{action}\n").chmod(0o755)
 
     def tool(self, name: str, action: str) -> Path:
         tool = self.tools / name
@@ -190,23 +293,13 @@ class InstallerTest(unittest.TestCase):
         installer: str = str(INSTALLER),
         cwd: Path = ROOT,
         preexec_fn: Optional[Callable[[], None]] = None,
-        **environment: Any,
+        **variables: Any,
     ) -> Tuple[int, str, str]:
-        """Run the installer; return its status, output and error output."""
-        environment.setdefault("DESTDIR", self.tree)
+        """Run the installer with the environment VARIABLES, by default with DESTDIR."""
+        variables = {"DESTDIR": self.tree, **variables}
+        environment = {name: str(value) for name, value in variables.items() if value is not None}
         environment["PATH"] = f"{self.tools}:{os.environ['PATH']}:/usr/sbin:/sbin"
-        process = subprocess.run(
-            [installer, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            cwd=str(cwd),
-            preexec_fn=preexec_fn,
-            env={name: str(value) for name, value in environment.items() if value is not None},
-            timeout=30,
-        )
-        return process.returncode, process.stdout, process.stderr
+        return run(installer, *arguments, cwd=str(cwd), preexec_fn=preexec_fn, env=environment)
 
     def succeed(self, *arguments: str, **options: Any) -> str:
         """Run the installer, which has nothing to complain about; return its output."""
@@ -253,83 +346,47 @@ class CheckTest(InstallerTest):
                 self.write(name, content)
                 self.assert_unsound(f"/{name} {warning}")
 
-    def test_sound_image_has_no_warning(self) -> None:
-        for files in SOUND:
+    def test_sound_image_has_no_warning_and_others_have_one(self) -> None:
+        for dhcp, files, warning in SETS:
             with self.subTest(files):
-                self.new_tree()
-                for name, content in files.items():
-                    self.write(name, content)
-                self.assert_sound()
+                self.new_tree(files, dhcp=dhcp)
+                if warning:
+                    self.assert_unsound(warning)
+                else:
+                    self.assert_sound()
 
     def test_each_dhcp_client_needs_all_of_its_files(self) -> None:
         for client in CLIENTS:
-            for missing in (None, *client):
+            with self.subTest(client):
+                self.new_tree(client, dhcp=False)
+                self.assert_sound()
+            for missing in client:
                 with self.subTest(client, missing=missing):
-                    self.new_tree(dhcp=False)
-                    for name in set(client) - {missing}:
-                        self.write(name, client[name])
-                    if missing is None:
-                        self.assert_sound()
-                    else:
-                        self.assert_unsound("no DHCP client is enabled and configured: enable one")
-
-    def test_masked_dhcp_client_is_not_enabled(self) -> None:
-        self.write(SYSTEM + "dhcpcd.service", "-> /dev/null")
-        self.assert_unsound("no DHCP client")
-
-    def test_networkmanager_without_a_default_profile_needs_one(self) -> None:
-        self.new_tree(dhcp=False)
-        for name, content in NETWORKMANAGER.items():
-            self.write(name, content)
-        self.write("usr/lib/NetworkManager/conf.d/00-server.conf", "[main]\nno-auto-default=*\n")
-        self.assert_unsound("no DHCP client")
-        self.write(NM_PROFILE, "[ipv4]\nmethod=auto\n")
-        self.assert_sound()
-
-    def test_host_keys_that_need_a_first_boot_need_an_uninitialized_machine_id(self) -> None:
-        self.write("usr/sbin/sshd")
-        unit = "usr/lib/systemd/system/sshd-keygen.service"  # Debian 13
-        self.write(unit, "[Unit]\nConditionFirstBoot=yes\n[Service]\nExecStart=ssh-keygen -A\n")
-        self.assert_unsound(f"/{unit} creates SSH host keys only if /etc/machine-id is missing or")
-        self.write("etc/machine-id", "uninitialized\n")
-        self.assert_sound()
-
-    def test_unit_that_only_mentions_ssh_keygen_creates_no_keys(self) -> None:
-        self.write("usr/sbin/sshd")
-        unit = "[Unit]\n# ssh-keygen\nWants=sshd-keygen.service\n"  # as in cloud-init.service
-        self.write("usr/lib/systemd/system/a.service", unit)
-        self.assert_unsound(f"/usr/sbin/sshd {KEYGEN_FIX}")
+                    self.new_tree(client, dhcp=False)
+                    (self.tree / missing).unlink()
+                    if missing == "etc/machine-id":
+                        self.write(missing)
+                    self.assert_unsound(NO_CLIENT)
 
     def test_fifo_is_not_read(self) -> None:
-        self.write("usr/sbin/sshd")
-        for name in ("usr/lib/systemd/system/a.service", NETPLAN):
+        self.new_tree(SSHD)
+        for name in (KEYGEN, NETPLAN):
             self.write(name).unlink()
             os.mkfifo(str(self.tree / name))
         self.assert_unsound(f"/usr/sbin/sshd {KEYGEN_FIX}")
 
     def test_check_is_quiet_where_a_broken_pipe_does_not_kill(self) -> None:
-        self.new_tree(dhcp=False)
-        self.write(WANTS + "systemd-networkd.service", "-> /usr/lib/systemd/system/x.service")
+        self.new_tree(enabled("systemd-networkd.service"), dhcp=False)
         for number in range(5):
             content = "[Network]\nDHCP=yes\n" + "#\n" * 9999
             self.write(f"etc/systemd/network/{number}.network", content)
-        # as for every service of systemd: IgnoreSIGPIPE=
-        ignore = lambda: signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # noqa: E731
-        self.succeed("--check", preexec_fn=ignore)
+        self.succeed("--check", preexec_fn=ignore_sigpipe)
 
-    def test_merged_usr_is_looked_at_once(self) -> None:
-        self.write("lib", "-> usr/lib")
-        self.write("usr/lib/NetworkManager/conf.d/a.conf", f"[ethernet]\nmac-address={MAC}\n")
-        self.assert_unsound("/usr/lib/NetworkManager/conf.d/a.conf is bound to a MAC address")
-
-    def test_links_of_the_image_are_followed_inside_it(self) -> None:
+    def test_link_that_leads_out_of_the_image_is_not_followed(self) -> None:
         outside = self.directory / "outside.yaml"
-        outside.write_text(f"macaddress: {MAC}\n", encoding="utf-8")
+        outside.write_text(f"macaddress: {MAC}\n")
         self.write(NETPLAN, f"-> {outside}")
         self.assert_sound()
-        self.write("etc/netplan/b.yaml", "-> /usr/share/b.yaml")
-        self.write("usr/share/b.yaml", f"macaddress: {MAC}\n")
-        self.assert_unsound("/etc/netplan/b.yaml is bound to a MAC address")
 
     def test_check_finds_an_installation_that_is_not_whole(self) -> None:
         for path, problem in (
@@ -361,7 +418,7 @@ class CheckTest(InstallerTest):
 class InstallTest(InstallerTest):
     """What is installed and removed."""
 
-    def test_installs_script_unit_preset_and_link_and_starts_nothing(self) -> None:
+    def test_installs_script_unit_preset_and_link_any_number_of_times(self) -> None:
         record = self.directory / "record"
         self.tool("systemctl", f"echo \"$@\" >>'{record}'")
         before = self.files()
@@ -372,31 +429,26 @@ class InstallTest(InstallerTest):
             PRESET: (0o644, f"enable {UNIT}\n"),
             LINK: (0, f"/{UNIT_PATH}"),
         }
-        self.assertEqual(self.files(), dict(before, **installed))
+        whole = {**before, **installed}
+        self.assertEqual(self.files(), whole)
         self.assertIn(f"/{SCRIPT_PATH}\nand /{UNIT_PATH}, enabled for the next boot", output)
         self.assertFalse(record.exists(), "a tree needs no systemctl")
-
-    def test_install_is_idempotent_and_enables_again_what_a_provisioned_vm_disabled(self) -> None:
         self.succeed()
-        once = self.files()
+        self.assertEqual(self.files(), whole)
+        (self.tree / LINK).unlink()  # as on a provisioned VM
         self.succeed()
-        self.assertEqual(self.files(), once)
-        (self.tree / LINK).unlink()
-        self.succeed()
-        self.assertEqual(self.files(), once)
+        self.assertEqual(self.files(), whole)
 
     @unittest.skipUnless(shutil.which("systemctl"), "systemctl is not installed")
     def test_unit_stays_enabled_when_presets_are_applied(self) -> None:
-        def systemctl(*arguments: str) -> bytes:
-            command = ["systemctl", f"--root={self.tree}", *arguments]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            return done.stdout
+        def systemctl(*arguments: str) -> str:
+            return run("systemctl", f"--root={self.tree}", *arguments)[1].strip()
 
         self.write("usr/lib/systemd/system-preset/99-default-disable.preset", "disable *\n")
         for unitdir in ("/etc/systemd/system", "/usr/lib/systemd/system"):
-            for options, state in (((), b"enabled\n"), (("--no-enable",), b"disabled\n")):
+            for options, state in (((), "enabled"), (("--no-enable",), "disabled")):
                 with self.subTest(unitdir, options=options):
-                    self.install(*options, UNITDIR=unitdir)
+                    self.succeed(*options, UNITDIR=unitdir)
                     self.assertEqual(systemctl("is-enabled", UNIT), state)
                     systemctl("preset-all")
                     self.assertEqual(systemctl("is-enabled", UNIT), state)
@@ -421,8 +473,7 @@ class InstallTest(InstallerTest):
         self.assertEqual(self.files(), before)
 
     def test_unit_with_other_paths_differs_in_one_line(self) -> None:
-        self.python("cat >/dev/null; echo azure_provision.py 1", "opt/my python/bin/python3.6")
-        (self.tree / "usr/bin/python3").unlink()
+        self.write("opt/my python/bin/python3.6", GOOD_PYTHON)
         self.succeed(PREFIX="/opt/a b/", PYTHON="/opt/my python/bin/python3.6")
         ours = UNIT_FILE.read_text(encoding="utf-8").splitlines()
         theirs = self.files()[UNIT_PATH][1].splitlines()
@@ -466,14 +517,11 @@ class InstallTest(InstallerTest):
             ("none", "", full_disk),
             ("sed", "exit 1", None),
             ("ln", "exit 1", None),
-            ("mv", f'for to; do :; done; [ "$to" != {LINK} ] && exec {real_mv} "$@"', None),
+            ("mv", f'case $* in *.wants/*) exit 1 ;; esac; exec {real_mv} "$@"', None),
         ):
-            action = action.replace(LINK, f"'{self.tree / LINK}'")
             for earlier in ({}, {LINK: "-> /an/old/unit"}, {UNIT_PATH: "old", SCRIPT_PATH: "old"}):
                 with self.subTest(tool, earlier=earlier):
-                    self.new_tree()
-                    for name, content in earlier.items():
-                        self.write(name, content)
+                    self.new_tree(earlier)
                     before = self.files()
                     broken = self.tool(tool, action)
                     status, output, errors = self.install(preexec_fn=preexec_fn)
@@ -490,24 +538,17 @@ class InstallTest(InstallerTest):
         self.assertEqual(precious.read_text(encoding="utf-8"), "precious")
         self.assertEqual([name for name in self.files() if name.endswith(("new", "old"))], [])
 
-    def test_follows_links_that_stay_in_destdir(self) -> None:
+    def test_follows_a_link_to_a_directory_and_replaces_one_to_a_file(self) -> None:
         self.write("usr/local", "-> ../var/usrlocal")
-        (self.tree / "var/usrlocal").mkdir(parents=True)
-        self.succeed()
-        self.assertIn("var/usrlocal/sbin/azure_provision.py", self.files())
-
-    def test_replaces_a_link_but_not_what_it_leads_to(self) -> None:
         self.write("etc/precious", "precious")
-        self.write(SCRIPT_PATH, "-> ../../../etc/precious")
+        target = self.write("var/usrlocal/sbin/azure_provision.py", "-> ../../../etc/precious")
         self.succeed()
+        self.assertFalse(target.is_symlink())
         self.assertEqual(self.files()["etc/precious"][1], "precious")
-        self.assertEqual(self.files()[SCRIPT_PATH][0], 0o755)
 
     def test_help_names_every_option_and_variable(self) -> None:
         output = self.succeed("--help")
-        for word in ("--check", "--no-enable", "--uninstall", "--help"):
-            self.assertIn(word, output)
-        for word in ("DESTDIR", "PREFIX", "UNITDIR", "PYTHON"):
+        for word in (*OPTIONS, "--help", "DESTDIR", "PREFIX", "UNITDIR", "PYTHON"):
             self.assertIn(word, output)
 
 
@@ -525,11 +566,9 @@ class RefusalTest(InstallerTest):
         for option in ("--uninstall", "--check"):
             self.refused("not root", option, DESTDIR=None)
 
-    def test_refuses_unknown_arguments(self) -> None:
+    def test_refuses_unknown_arguments_and_a_destdir_that_is_not_a_directory(self) -> None:
         for argument in ("--bogus", "-x", "argument", "", "--enable=no"):
             self.refused("not an option", argument)
-
-    def test_refuses_a_destdir_that_is_not_a_directory(self) -> None:
         self.refused("DESTDIR is not a directory: /no such", DESTDIR="/no such")
         self.refused("DESTDIR is not a directory", "--uninstall", DESTDIR=SCRIPT)
         self.refused("DESTDIR has a control character: [^\n]*\n", DESTDIR=f"{self.tree}\n")
@@ -548,16 +587,12 @@ class RefusalTest(InstallerTest):
         self.succeed("--no-enable", UNITDIR="/opt/units")
         self.assertIn(f"opt/units/{UNIT}", self.files())
 
-    def test_refuses_paths_that_the_sandbox_hides(self) -> None:
-        for place in ("home/me", "root", "run/user/0", "tmp", "var/tmp/a", "opt/link", "opt/home"):
-            with self.subTest(place):
-                self.new_tree()
-                self.python("", f"{place.replace('link', '../home/me')}/python3")
-                self.write("opt/link", "-> ../home/me")
-                if place == "opt/home":
-                    self.write("home", "-> opt/home")
-                self.refused("which the unit's sandbox hides", PREFIX=f"/{place}")
-                self.refused("which the unit's sandbox hides", PYTHON=f"/{place}/python3")
+    def test_refuses_files_and_variables(self) -> None:
+        for files, variables, reason in REFUSED:
+            with self.subTest(files, **variables):
+                self.new_tree(files)
+                for options in ((), ("--no-enable",), ("--check",)):
+                    self.refused(reason, *options, **variables)
 
     def test_refuses_links_that_lead_out_of_destdir(self) -> None:
         outside = self.directory / "outside"
@@ -566,48 +601,16 @@ class RefusalTest(InstallerTest):
             (outside / name).write_text("precious", encoding="utf-8")
         before = self.files(outside)
         reason = "leads out of DESTDIR through a symlink: make"
-        targets = (str(outside), "/no/such", "../" * 9 + str(outside)[1:])
-        for link in (*("etc/systemd/system", "usr/local/sbin", "usr/local", "etc"), PRESET[:25]):
-            for target in targets:
+        for link in ("etc", "usr/local", "usr/local/sbin", SYSTEM[:-1], str(Path(PRESET).parent)):
+            for target in (str(outside), "/no/such", "../" * 9 + str(outside)[1:]):
                 with self.subTest(link, target=target):
                     self.new_tree()
                     shutil.rmtree(str(self.tree / link), ignore_errors=True)
                     self.write(link, f"-> {target}")
                     self.refused(reason)
-            for option in ("--no-enable", "--uninstall", "--check"):
+            for option in OPTIONS:
                 self.refused(reason, option)
         self.assertEqual(self.files(outside), before)
-
-    def test_refuses_targets_that_are_in_the_way(self) -> None:
-        (self.tree / SCRIPT_PATH).mkdir(parents=True)
-        self.refused("azure_provision.py is a directory")
-        self.new_tree()
-        self.write("usr/local")
-        self.refused("/usr/local is not a directory")
-
-    def test_refuses_a_unit_that_is_masked_or_hidden_by_another(self) -> None:
-        lib = "/usr/lib/systemd/system"
-        for content, unitdir, reason in (
-            ("-> /dev/null", "/etc/systemd/system", "masks the unit: delete it"),
-            ("", "/etc/systemd/system/", "masks the unit: delete it"),
-            ("-> /dev/null", lib, "masks the unit: delete it"),
-            ("[Unit]\n", lib, f"takes precedence over a unit in {lib}: delete it"),
-        ):
-            with self.subTest(content, unitdir=unitdir):
-                self.write(UNIT_PATH, content)
-                for options in ((), ("--no-enable",), ("--check",)):
-                    self.refused(f"/{UNIT_PATH} {reason}", *options, UNITDIR=unitdir)
-
-
-class InterpreterTest(InstallerTest):
-    """What is asked of the image's Python."""
-
-    def test_refuses_an_interpreter_that_is_not_a_program(self) -> None:
-        self.write("usr/bin/text")
-        self.write("usr/bin/dangling", "-> /no/such/python")
-        self.write("usr/bin/loop", "-> loop")
-        for path in ("bin/missing", "bin/text", "bin/dangling", "bin/loop", "lib", "bin/"):
-            self.refused(f"no program /usr/{path}: install python3", PYTHON=f"/usr/{path}")
 
     def test_interpreter_link_is_followed_inside_the_image(self) -> None:
         (self.tree / "usr/bin/python3").rename(self.tree / "usr/bin/python3.9")
@@ -616,31 +619,17 @@ class InterpreterTest(InstallerTest):
         self.tool("chroot", "cat >/dev/null; echo azure_provision.py 1.2.3")
         self.assert_sound()
 
-    def test_refuses_an_interpreter_that_cannot_run_the_script(self) -> None:
-        hide = "import sys; sys.modules['http.client'] = None; exec(sys.stdin.read())"
-        for action, reason in (
-            ("echo '  File \"<stdin>\"'; echo 'SyntaxError: invalid syntax' >&2; exit 1", "Syntax"),
-            ("echo 'Unknown option: -I' >&2; exit 2", "Unknown option: -I"),
-            ("cat >/dev/null", ""),
-            ("echo GNU bash", "GNU bash"),
-            (f"exec '{sys.executable}' -c \"{hide}\" --version", ".*http.client"),
-            ('echo "$@" >&2; exit 1', "-I -S -B - --version"),
-        ):
-            self.python(action)
-            why = "which needs Python 3.6 or newer and all of its library"
-            self.refused(f"/usr/bin/python3 cannot run the script, {why}: {reason}")
-
     def test_script_imports_all_of_its_modules_at_once(self) -> None:
         text = SCRIPT.read_text(encoding="utf-8")
         modules = set(re.findall(r"(?m)^ *(?:import|from) ([a-z.]+)", text)) - {"sys"}
         self.assertGreater(len(modules), 5)
         for module in modules:
-            with self.subTest(module), mock.patch.dict(sys.modules, {module: None}):
-                with self.assertRaisesRegex(ImportError, module):
+            with self.subTest(module), self.assertRaises(ImportError):
+                with mock.patch.dict(sys.modules, {module: None}):
                     exec(compile(text, str(SCRIPT), "exec"), {"__name__": "azure_provision"})
 
     def test_real_interpreter_runs_no_code_of_the_directory_and_writes_none(self) -> None:
-        self.python(f"exec '{sys.executable}' \"$@\"")
+        self.write(PYTHON, f"#!/bin/sh\nexec '{sys.executable}' \"$@\"")
         trap = self.directory / "trap"
         trap.mkdir()
         for name in ("re", "socket", "argparse", "sitecustomize"):
@@ -662,18 +651,14 @@ class InterpreterTest(InstallerTest):
 class UnitTest(InstallerTest):
     """The unit as it stands and as it is installed."""
 
-    lines = [line for line in UNIT_FILE.read_text().splitlines() if re.match("[A-Z]", line)]
+    lines = tuple(line for line in UNIT_FILE.read_text().splitlines() if re.match("[A-Z]", line))
 
     def test_unit_is_what_was_promised(self) -> None:
-        promised = {
-            "Type=oneshot",
-            "RemainAfterExit=yes",
-            "After=network.target",
-            "StandardOutput=journal+console",
-            "TimeoutStartSec=30min",
-            "WantedBy=multi-user.target",
-        }
-        self.assertLessEqual(promised, set(self.lines))
+        promised = (
+            "Type=oneshot RemainAfterExit=yes After=network.target StandardOutput=journal+console "
+            "TimeoutStartSec=30min WantedBy=multi-user.target"
+        )
+        self.assertLessEqual(set(promised.split()), set(self.lines))
         commands = [line for line in self.lines if line.startswith("Exec")]
         self.assertEqual(commands, [f"ExecStart=/usr/bin/python3 -I -S /{SCRIPT_PATH}"])
 
@@ -689,19 +674,9 @@ class UnitTest(InstallerTest):
         self.assertTrue(filters[0].startswith("SystemCallFilter=~"), "the first one decides")
         self.assertIn("SystemCallErrorNumber=EPERM", self.lines, "a denied call would kill")
 
-    def analyze(self, *arguments: str) -> Tuple[int, str]:
-        process = subprocess.run(
-            ["systemd-analyze", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-        )
-        return process.returncode, process.stdout
-
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
     def test_systemd_has_nothing_to_say_of_the_unit_with_default_or_other_paths(self) -> None:
-        self.python("cat >/dev/null; echo azure_provision.py 1.2.3", "opt/my python")
+        self.write("opt/my python", GOOD_PYTHON)
         self.succeed("--no-enable", PYTHON="/opt/my python", PREFIX="/opt/a b")
         # systemd-analyze looks for the program here, where the unit must not have it
         python = self.directory / "my python"
@@ -710,15 +685,15 @@ class UnitTest(InstallerTest):
         text = unit.read_text(encoding="utf-8").replace("/opt/my python", str(python))
         unit.write_text(text, encoding="utf-8")
         for file in (UNIT_FILE, unit):
-            status, output = self.analyze("verify", str(file))
-            self.assertEqual(status, 0, output)
-            self.assertNotIn("azure-provisioning", output)
+            status, output, errors = run("systemd-analyze", "verify", str(file))
+            self.assertEqual(status, 0, errors)
+            self.assertNotIn("azure-provisioning", output + errors)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
     def test_exposure_is_2_1_at_most(self) -> None:
-        options = ("--offline=yes", "--threshold=21")
-        status, output = self.analyze("security", *options, str(UNIT_FILE))
-        if "unrecognized option" in output:
+        options = ("security", "--offline=yes", "--threshold=21")
+        status, output, errors = run("systemd-analyze", *options, str(UNIT_FILE))
+        if "unrecognized option" in errors:
             self.skipTest("systemd-analyze cannot judge a file before systemd 250")
         self.assertEqual(status, 0, output[-200:])
 
@@ -726,14 +701,8 @@ class UnitTest(InstallerTest):
 class RepositoryTest(unittest.TestCase):
     """What is true of the repository as a whole."""
 
-    def test_script_is_executable_and_so_is_the_installer(self) -> None:
-        for file in (SCRIPT, INSTALLER):
-            self.assertTrue(os.access(str(file), os.X_OK), file)
-
-    def test_top_level_is_what_it_is_to_be(self) -> None:
-        known = {
-            *("azure_provision.py", "azure-provisioning.service", "install.sh", "tests"),
-            *("README.md", "pyproject.toml", "LICENSE"),
-        }
+    def test_script_is_executable_and_top_level_is_what_it_is_to_be(self) -> None:
+        self.assertTrue(os.access(str(SCRIPT), os.X_OK))
+        known = {SCRIPT.name, UNIT, "install.sh", "tests", "README.md", "pyproject.toml", "LICENSE"}
         names = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
         self.assertEqual(names - {"__pycache__"}, known)
