@@ -59,11 +59,10 @@ resolve() {
     while [ -n "$todo" ]; do
         name=${todo%%/*}
         todo=${todo#*/}
-        if [ -z "$name" ] || [ "$name" = . ]; then
-            continue
-        elif [ "$name" = .. ]; then
+        if [ -z "$name" ] || [ "$name" = . ]; then continue; fi
+        if [ "$name" = .. ]; then
             resolved=${resolved%/*}
-        elif [ -L "$DESTDIR$resolved/$name" ] && [ "$links" -lt 40 ]; then # then it is a loop
+        elif [ -L "$DESTDIR$resolved/$name" ] && [ "$links" -lt 40 ]; then # or it is a loop
             links=$((links + 1))
             target=$(readlink "$DESTDIR$resolved/$name")
             case $target in /*) resolved='' ;; esac
@@ -144,11 +143,11 @@ check_unit() {
         ! exists "$DESTDIR$directory/$UNIT" ||
             die "$directory/$UNIT takes precedence over a unit in $UNITDIR: delete it"
     done
-    [ "$enable" = yes ] || return 0
     case $UNITDIR in
-        /etc/systemd/system | /usr/local/lib/systemd/system | /usr/lib/systemd/system) ;;
-        /lib/systemd/system) ;;
-        *) die "systemd does not look for units in UNITDIR, so --no-enable is needed: $UNITDIR" ;;
+        /etc/systemd/system | /usr/local/lib/systemd/system) ;;
+        /usr/lib/systemd/system | /lib/systemd/system) ;;
+        *) [ "$enable" = no ] ||
+            die "systemd does not look for units in UNITDIR, so --no-enable is needed: $UNITDIR" ;;
     esac
 }
 
@@ -165,8 +164,8 @@ check_python() {
     case $status:$answer in "0:$SCRIPT "*) return ;; esac
     # from chroot(1): it is not permitted, or the program is for another architecture
     if [ -n "$DESTDIR" ] && { [ "$status" -eq 125 ] || [ "$status" -eq 126 ]; }; then
-        echo "install.sh: warning: cannot run the image's $PYTHON here," \
-            "so it was not checked: $answer" >&2
+        echo "install.sh: warning: cannot run the image's $PYTHON here, so it was not checked:" \
+            "$answer" >&2
     else
         needs="Python 3.6 or newer and all of its library"
         die "$PYTHON cannot run the script, which needs $needs: $answer"
@@ -324,12 +323,9 @@ installation() {
 check_image() {
     problems=$(
         cd "$DESTDIR/" || exit
-        mac_addresses
-        dhcp_client
-        other_agents
-        host_keys
-        machine_id
-        installation
+        for check in mac_addresses dhcp_client other_agents host_keys machine_id installation; do
+            "$check"
+        done
     )
     [ -n "$problems" ] || return 0
     printf '%s\n' "$problems" | sed 's/^/install.sh: warning: /' >&2
@@ -364,8 +360,8 @@ install_files() {
     cp "$here/$SCRIPT" "$DESTDIR$script.new"
     chmod 0755 "$DESTDIR$script.new"
     case $PYTHON$script in *\ *) q='"' ;; *) q='' ;; esac # systemd.service(5)
-    sed "/^ExecStart=/{ s|/usr/bin/python3|$q$PYTHON$q|; s|/usr/local/sbin/$SCRIPT|$q$script$q|; }" \
-        "$here/$UNIT" >"$DESTDIR$unit.new"
+    sed -e "/^ExecStart=/s|/usr/bin/python3|$q$PYTHON$q|" \
+        -e "/^ExecStart=/s|/usr/local/sbin/$SCRIPT|$q$script$q|" "$here/$UNIT" >"$DESTDIR$unit.new"
     if [ "$enable" = yes ]; then
         mkdir -p "$DESTDIR${preset%/*}" "$DESTDIR${link%/*}"
         echo "enable $UNIT" >"$DESTDIR$preset.new"
@@ -428,7 +424,8 @@ fi
 check_image || :
 install_files
 reload
-enabled=$([ "$enable" = no ] && echo "not enabled" || echo "enabled for the next boot")
+enabled='enabled for the next boot'
+[ "$enable" = yes ] || enabled='not enabled'
 echo "Installed in ${DESTDIR:-this machine}: $script"
 echo "and $unit, $enabled."
 [ -n "$DESTDIR" ] || cat <<EOF
