@@ -2,17 +2,12 @@
 # Install azure_provision.py and its unit into an image: this machine, or the tree at DESTDIR.
 # shellcheck disable=SC2046,SC2086 # lists of patterns are split and expanded on purpose
 
-set -eu +f
+set -eu
 umask 022
-unset SYSTEMD_UNIT_PATH
 
 SCRIPT=azure_provision.py
 UNIT=azure-provisioning.service
 PRESET=20-azure-provisioning.preset # before a distribution's "disable *": systemd.preset(5)
-
-# What makes every VM of an image fail: a function each, below, which prints one line per problem,
-# the file and the fix. They run in the root directory of the image.
-CHECKS='mac_addresses dhcp_client other_agents host_keys machine_id installation'
 
 DESTDIR=${DESTDIR:-}
 PREFIX=${PREFIX:-/usr/local}
@@ -64,22 +59,18 @@ resolve() {
     while [ -n "$todo" ]; do
         name=${todo%%/*}
         todo=${todo#*/}
-        case $name in
-            '' | .) ;;
-            ..) resolved=${resolved%/*} ;;
-            *)
-                if [ -L "$DESTDIR$resolved/$name" ]; then
-                    links=$((links + 1))
-                    [ "$links" -le 40 ] || return 0 # a loop: the result is a directory
-                    target=$(readlink "$DESTDIR$resolved/$name")
-                    case $target in /*) resolved='' ;; esac
-                    todo=$target/$todo
-                else
-                    resolved=$resolved/$name
-                    passed=$passed$resolved:
-                fi
-                ;;
-        esac
+        if [ -z "$name" ] || [ "$name" = . ]; then continue; fi
+        if [ "$name" = .. ]; then
+            resolved=${resolved%/*}
+        elif [ -L "$DESTDIR$resolved/$name" ] && [ "$links" -lt 40 ]; then # or it is a loop
+            links=$((links + 1))
+            target=$(readlink "$DESTDIR$resolved/$name")
+            case $target in /*) resolved='' ;; esac
+            todo=$target/$todo
+        else
+            resolved=$resolved/$name
+            passed=$passed$resolved:
+        fi
     done
 }
 
@@ -96,15 +87,14 @@ check_variables() {
         esac
     done
     PREFIX=${PREFIX%/} UNITDIR=${UNITDIR%/}
-    case $DESTDIR in *[[:cntrl:]]*) die "DESTDIR has a control character: $DESTDIR" ;; esac
     if [ -n "$DESTDIR" ]; then
+        case $DESTDIR in *[[:cntrl:]]*) die "DESTDIR has a control character: $DESTDIR" ;; esac
         [ -d "$DESTDIR" ] || die "DESTDIR is not a directory: $DESTDIR"
         DESTDIR=$(CDPATH='' cd -- "$DESTDIR" && pwd -P)
         DESTDIR=${DESTDIR%/}
     fi
-    if [ -z "$DESTDIR" ] && [ "$(id -u)" -ne 0 ]; then
+    [ -n "$DESTDIR" ] || [ "$(id -u)" -eq 0 ] ||
         die "not root: run it with sudo, or set DESTDIR"
-    fi
     script=$PREFIX/sbin/$SCRIPT
     unit=$UNITDIR/$UNIT
     preset=$UNITDIR-preset/$PRESET
@@ -132,16 +122,14 @@ check_sandbox() {
         directories=$passed
         for hidden in /home /root /run/user /tmp /var/tmp; do
             resolve "$hidden"
-            case $directories in
-                *":$resolved:"*)
-                    die "$path is under $hidden, which the unit's sandbox hides: use another directory"
-                    ;;
+            case $directories in *":$resolved:"*)
+                die "$path is under $hidden, which the unit's sandbox hides: use another directory"
             esac
         done
     done
 }
 
-# Refuse a unit that masks this one or that systemd prefers to it: systemd.unit(5).
+# Refuse what keeps systemd from reading the unit: systemd.unit(5).
 check_unit() {
     resolve "$UNITDIR"
     unitdir=$resolved
@@ -155,11 +143,11 @@ check_unit() {
         ! exists "$DESTDIR$directory/$UNIT" ||
             die "$directory/$UNIT takes precedence over a unit in $UNITDIR: delete it"
     done
-    # systemctl enables only what lies where systemd looks.
-    case $enable$UNITDIR in
-        no* | yes/etc/systemd/system | yes/usr/local/lib/systemd/system) ;;
-        yes/usr/lib/systemd/system | yes/lib/systemd/system) ;;
-        *) die "systemd does not look for units in UNITDIR, so --no-enable is needed: $UNITDIR" ;;
+    case $UNITDIR in
+        /etc/systemd/system | /usr/local/lib/systemd/system) ;;
+        /usr/lib/systemd/system | /lib/systemd/system) ;;
+        *) [ "$enable" = no ] ||
+            die "systemd does not look for units in UNITDIR, so --no-enable is needed: $UNITDIR" ;;
     esac
 }
 
@@ -176,45 +164,53 @@ check_python() {
     case $status:$answer in "0:$SCRIPT "*) return ;; esac
     # from chroot(1): it is not permitted, or the program is for another architecture
     if [ -n "$DESTDIR" ] && { [ "$status" -eq 125 ] || [ "$status" -eq 126 ]; }; then
-        echo "install.sh: warning: cannot run the image's $PYTHON here, so it was not checked: $answer" >&2
+        echo "install.sh: warning: cannot run the image's $PYTHON here, so it was not checked:" \
+            "$answer" >&2
     else
-        die "$PYTHON cannot run the script, which needs Python 3.6 or newer and all of its library: $answer"
+        needs="Python 3.6 or newer and all of its library"
+        die "$PYTHON cannot run the script, which needs $needs: $answer"
     fi
 }
 
-# Where files that match the patterns, such as systemd/network/*.network, can lie in the image.
+# What follows looks for what makes every VM of an image fail. It runs in the image's root directory
+# and prints one line per problem: the file and the fix. Patterns are relative to these directories.
 config() {
     for directory in etc usr/local/lib usr/lib lib; do
         [ "$directory" = lib ] && [ -L lib ] || printf "$directory/%s\n" "$@"
     done
 }
 
-nm_conf() { config 'NetworkManager/*.conf' 'NetworkManager/conf.d/*'; }
-nm_profiles() { config 'NetworkManager/system-connections/*'; }
-IFCFG='etc/sysconfig/network-scripts/ifcfg-* etc/sysconfig/network/ifcfg-*'
-INTERFACES='etc/network/interfaces etc/network/interfaces.d/*'
+NETPLAN='netplan/*.yaml'
+NETWORKD='systemd/network/*.network systemd/network/*.d/*.conf'
+NM_CONF='NetworkManager/*.conf NetworkManager/conf.d/*'
+NM_PROFILES='NetworkManager/system-connections/*'
+IFCFG='sysconfig/network-scripts/ifcfg-* sysconfig/network/ifcfg-*'
+INTERFACES='network/interfaces network/interfaces.d/*'
 
 # Print the files that have a setting that matches REGEX, in any case. Indentation is ignored; a
 # setting in a section is matched as "[Section]Name=value".
 files_with() {
     regex=$1
     shift
-    for file in "$@"; do
-        resolve "/$file"
-        [ -f "$DESTDIR$resolved" ] || continue
-        sed -E 's/^[[:space:]]+|[[:space:]]+$//g; /^\[/{ h; d; }; G; s/(.*)\n(.*)/\2\1/' \
-            "$DESTDIR$resolved" | grep -Ei -e "$regex" >/dev/null && printf '/%s\n' "$file"
+    for file in $(config "$@"); do
+        resolve "$file"
+        [ -f "$DESTDIR$resolved" ] || continue # a FIFO would hang
+        # not grep -q: where SIGPIPE is ignored, as in a service, sed would complain
+        if sed -E 's/^[[:space:]]+|[[:space:]]+$//g; /^\[/{ h; d; }; G; s/(.*)\n(.*)/\2\1/' \
+            "$DESTDIR$resolved" | grep -Ei -e "$regex" >/dev/null; then echo "$file"; fi
     done
-    :
 }
 
 has() {
     [ -n "$(files_with "$@")" ]
 }
 
-# What masks a unit: a link to /dev/null, or an empty file.
-empty() {
-    [ -e "$1" ] && [ ! -s "$1" ]
+# Whether a unit that matches PATTERN is masked: by a link to /dev/null, or an empty file.
+masked() {
+    for file in etc/systemd/system/$1; do
+        if [ -e "$file" ] && [ ! -s "$file" ]; then return 0; fi
+    done
+    return 1
 }
 
 # machine-id(5): with an empty file it is not the first boot.
@@ -225,38 +221,38 @@ first_boot() {
 # Whether UNIT starts at boot: by a link, or by a preset that the first boot applies.
 enabled() {
     for wanted in $(config "systemd/system/*.wants/$1" "systemd/system/*.requires/$1"); do
-        if exists "$wanted" && ! empty "etc/systemd/system/${wanted##*/}"; then return 0; fi
+        if exists "$wanted" && ! masked "${wanted##*/}"; then return 0; fi
     done
-    first_boot && has "^enable[[:space:]]+$1" $(config 'systemd/system-preset/*.preset')
+    first_boot && has "^enable[[:space:]]+$1" 'systemd/system-preset/*.preset'
 }
 
 mac_addresses() {
     mac='[0-9a-f]{2}([:-][0-9a-f]{2}){5}'
+    fix='match by name or driver, or delete it'
     {
-        files_with "^[^#]*macaddress[\"']?[[:space:]]*:[[:space:]]*[\"']?$mac" $(config 'netplan/*.yaml')
+        files_with "^[^#]*macaddress[\"']?[[:space:]]*:[[:space:]]*[\"']?$mac" $NETPLAN
         files_with '^\[(match|link)\](permanent)?macaddress[[:space:]]*=[[:space:]]*[0-9a-f]' \
-            $(config 'systemd/network/*.network' 'systemd/network/*.link' 'systemd/network/*.d/*.conf')
+            $NETWORKD 'systemd/network/*.link'
         files_with "^\[[^]]*\]([a-z0-9-]+\.)?(cloned-)?mac-address[[:space:]]*=[[:space:]]*$mac" \
-            $(nm_conf) $(nm_profiles)
+            $NM_CONF $NM_PROFILES
         files_with "^(hwaddr|macaddr|lladdr)=[\"']?$mac" $IFCFG
         files_with "^(hwaddress|auto|allow-[a-z]+|iface|rename)[[:space:]].*$mac" $INTERFACES
-        files_with "^[^#]*attrs?\{address\}==\"$mac\"" etc/udev/rules.d/*.rules
-    } | sed 's/$/ is bound to a MAC address that no VM of the image has: match by name or driver, or delete it/'
+        files_with "^[^#]*attrs?\{address\}==\"$mac\"" 'udev/rules.d/*.rules'
+    } | sed "s|.*|/& is bound to a MAC address that no VM of the image has: $fix|"
 }
 
 dhcp_client() {
     dhcp='^\[network\]dhcp[[:space:]]*=[[:space:]]*(y|t|on|1|both|ipv4|v4)'
+    dhcp4="^[^#]*dhcp4[\"']?[[:space:]]*:[[:space:]]*(true|yes|on)"
     bootproto="^bootproto=[\"']?dhcp"
     if enabled systemd-networkd.service &&
-        files_with "$dhcp" $(config 'systemd/network/*.network' 'systemd/network/*.network.d/*.conf') |
-        grep -v /80-container- >/dev/null; then return; fi
+        files_with "$dhcp" $NETWORKD | grep -v /80-container- >/dev/null; then return; fi
     # netplan's generator enables systemd-networkd
-    if exists $(config systemd/system-generators/netplan) &&
-        has "^[^#]*dhcp4[\"']?[[:space:]]*:[[:space:]]*(true|yes|on)" $(config 'netplan/*.yaml'); then return; fi
+    if exists $(config systemd/system-generators/netplan) && has "$dhcp4" $NETPLAN; then return; fi
     # NetworkManager asks on every interface unless told otherwise
     if enabled NetworkManager.service &&
-        { ! has '^\[main\]no-auto-default[[:space:]]*=.*\*' $(nm_conf) ||
-            has '^\[ipv4\]method[[:space:]]*=[[:space:]]*auto' $(nm_profiles) ||
+        { ! has '^\[main\]no-auto-default[[:space:]]*=.*\*' $NM_CONF ||
+            has '^\[ipv4\]method[[:space:]]*=[[:space:]]*auto' $NM_PROFILES ||
             has "$bootproto" $IFCFG; }; then return; fi
     if enabled networking.service && has '^iface.*inet[[:space:]]+dhcp' $INTERFACES; then return; fi
     # SUSE's wicked, and the init script of RHEL 7
@@ -269,25 +265,18 @@ dhcp_client() {
         "with DHCP=yes in /etc/systemd/network/80-dhcp.network"
 }
 
+# Print a problem if the image has the program AGENT, which FIX turns off.
+agent() {
+    ! exists "usr/bin/$1" "usr/sbin/$1" "usr/local/bin/$1" "usr/local/sbin/$1" ||
+        echo "/$file also reports to Azure: remove its package, or $2"
+}
+
 other_agents() {
-    while read -r agent off fix; do
-        for file in usr/bin/$agent usr/sbin/$agent usr/local/bin/$agent usr/local/sbin/$agent; do
-            exists "$file" || continue
-            for switch in $off; do
-                case $switch in # cloud-init looks only whether its file exists
-                    *.disabled) [ ! -e "$switch" ] || continue 3 ;;
-                    *) ! empty "$switch" || continue 3 ;;
-                esac
-            done
-            echo "/$file also reports to Azure: remove its package, or $fix"
-            break
-        done
-    done <<EOF
-cloud-init etc/cloud/cloud-init.disabled touch /etc/cloud/cloud-init.disabled
-waagent etc/systemd/system/wa*agent.service mask its unit
-azure-init etc/systemd/system/azure-init.service mask its unit
-afterburn etc/systemd/system/afterburn*checkin.service mask its checkin units
-EOF
+    [ -e etc/cloud/cloud-init.disabled ] ||
+        agent cloud-init 'touch /etc/cloud/cloud-init.disabled'
+    masked 'wa*agent.service' || agent waagent 'mask its unit'
+    masked azure-init.service || agent azure-init 'mask its unit'
+    masked 'afterburn*checkin.service' || agent afterburn 'mask its checkin units'
 }
 
 host_keys() {
@@ -296,14 +285,16 @@ host_keys() {
         echo "/$file would be shared by all VMs: rm -f /etc/ssh/ssh_host_*"
     fi
     exists usr/sbin/sshd usr/bin/sshd || return 0
-    makers=$(grep -Els '^([^#;=]*|Exec.*)(ssh-keygen|sshd-keygen|sshd-gen-keys|openssh-server)' \
-        $(config 'systemd/system/*.service' 'systemd/system/*.service.d/*.conf') || :)
+    keygen='(ssh-keygen|sshd-keygen|sshd-gen-keys|openssh-server)'
+    makers=$(files_with "^([^#;=]*|\[service\]exec.*)$keygen" \
+        'systemd/system/*.service' 'systemd/system/*.service.d/*.conf')
     if [ -z "$makers" ]; then
         echo "/$file has no host keys in a VM, as nothing creates them:" \
             "add a unit that runs ssh-keygen -A before it"
     elif ! first_boot && ! grep -L '^ConditionFirstBoot=yes' $makers | grep . >/dev/null; then
-        echo "/${makers%%[[:space:]]*} creates SSH host keys only if /etc/machine-id is missing or" \
-            "\"uninitialized\": write that word to it, or add a unit that always runs ssh-keygen -A"
+        echo "/${makers%%[[:space:]]*} creates SSH host keys only if /etc/machine-id is missing" \
+            "or \"uninitialized\": write that word to it," \
+            "or add a unit that always runs ssh-keygen -A"
     fi
 }
 
@@ -313,7 +304,8 @@ machine_id() {
     fi
     # systemd copies it if /etc/machine-id is empty
     if [ ! -L var/lib/dbus/machine-id ] && [ -s var/lib/dbus/machine-id ]; then
-        echo "/var/lib/dbus/machine-id would be shared by all VMs: replace it with a link to /etc/machine-id"
+        echo "/var/lib/dbus/machine-id would be shared by all VMs:" \
+            "replace it with a link to /etc/machine-id"
     fi
 }
 
@@ -327,16 +319,67 @@ installation() {
     enabled "$UNIT" || echo "$unit is disabled, as on a provisioned VM: run install.sh again"
 }
 
-# Print what the checks find; return 1 if there is something.
+# Print what is found; return 1 if there is something.
 check_image() {
-    problems=$(cd "$DESTDIR/" && for check in $CHECKS; do "$check"; done)
+    problems=$(
+        cd "$DESTDIR/" || exit
+        for check in mac_addresses dhcp_client other_agents host_keys machine_id installation; do
+            "$check"
+        done
+    )
     [ -n "$problems" ] || return 0
     printf '%s\n' "$problems" | sed 's/^/install.sh: warning: /' >&2
     return 1
 }
 
-remove() {
+# Put everything back: the earlier version's files, which the .old ones are links to, and no others.
+roll_back() {
+    set +e
+    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
+        if exists "$path.old"; then
+            ln -f "$path.old" "$path" # not mv: it leaves two links to one file alone
+        elif [ "$kept" = yes ]; then
+            rm -f "$path"
+        fi
+        rm -f "$path.new" "$path.old"
+    done
+    die "failed: everything is as it was"
+}
+
+# Files get their names only when all of them are complete: the disk may be full.
+install_files() {
+    kept=no
+    trap roll_back EXIT
+    trap 'exit 1' HUP INT QUIT TERM
+    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
+        rm -f "$path.new" "$path.old" # a link there would be followed
+        ! exists "$path" || ln "$path" "$path.old"
+    done
+    kept=yes
+    mkdir -p "$DESTDIR${script%/*}" "$DESTDIR${unit%/*}"
+    cp "$here/$SCRIPT" "$DESTDIR$script.new"
+    chmod 0755 "$DESTDIR$script.new"
+    case $PYTHON$script in *\ *) q='"' ;; *) q='' ;; esac # systemd.service(5)
+    sed -e "/^ExecStart=/s|/usr/bin/python3|$q$PYTHON$q|" \
+        -e "/^ExecStart=/s|/usr/local/sbin/$SCRIPT|$q$script$q|" "$here/$UNIT" >"$DESTDIR$unit.new"
+    if [ "$enable" = yes ]; then
+        mkdir -p "$DESTDIR${preset%/*}" "$DESTDIR${link%/*}"
+        echo "enable $UNIT" >"$DESTDIR$preset.new"
+        ln -s "$unit" "$DESTDIR$link.new"
+    fi
+    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
+        ! exists "$path.new" || mv -f "$path.new" "$path"
+    done
+    trap - EXIT
+    rm -f "$DESTDIR$script.old" "$DESTDIR$unit.old" "$DESTDIR$preset.old" "$DESTDIR$link.old"
+}
+
+uninstall() {
+    done="Nothing to remove from"
+    ! exists "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link" ||
+        done="Removed $script and $unit from"
     rm -f "$DESTDIR$link" "$DESTDIR$preset" "$DESTDIR$unit" "$DESTDIR$script"
+    echo "$done ${DESTDIR:-this machine}."
 }
 
 # systemd reads its units again, on a live machine that runs it.
@@ -344,55 +387,6 @@ reload() {
     [ -n "$DESTDIR" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 }
 
-roll_back() {
-    set +e
-    printf '%s' "$created" | while IFS= read -r path; do rm -f "$path"; done
-    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset"; do
-        rm -f "$path.new"
-        ln -f "$path.old" "$path" 2>/dev/null # not mv: it leaves two links to one file alone
-        rm -f "$path.old"
-    done
-    die "failed: everything is as it was"
-}
-
-# Files get their names only when all of them are complete: the disk may be full.
-install_files() {
-    created=''
-    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
-        exists "$path" || created=$created$path$newline
-    done
-    trap roll_back EXIT
-    trap 'exit 1' HUP INT QUIT TERM
-    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset"; do
-        rm -f "$path.new" "$path.old" # a link there would be followed
-        ! exists "$path" || ln "$path" "$path.old"
-    done
-    mkdir -p "$DESTDIR$PREFIX/sbin" "$DESTDIR$UNITDIR"
-    cp "$here/$SCRIPT" "$DESTDIR$script.new"
-    chmod 0755 "$DESTDIR$script.new"
-    case $PYTHON$script in *\ *) q='"' ;; *) q='' ;; esac # systemd.service(5)
-    sed "s|^\(ExecStart=\)/usr/bin/python3\(.*\)/usr/local/sbin/$SCRIPT\$|\1$q$PYTHON$q\2$q$script$q|" \
-        "$here/$UNIT" >"$DESTDIR$unit.new"
-    if [ "$enable" = yes ]; then
-        mkdir -p "$DESTDIR${preset%/*}" "$DESTDIR${link%/*}"
-        echo "enable $UNIT" >"$DESTDIR$preset.new"
-        mv -f "$DESTDIR$preset.new" "$DESTDIR$preset"
-    fi
-    mv -f "$DESTDIR$script.new" "$DESTDIR$script"
-    mv -f "$DESTDIR$unit.new" "$DESTDIR$unit"
-    if [ "$enable" = no ]; then
-        :
-    elif command -v systemctl >/dev/null 2>&1; then
-        systemctl --quiet --root="${DESTDIR:-/}" enable "$UNIT"
-    else
-        ln -sf "$unit" "$DESTDIR$link"
-    fi
-    trap - EXIT
-    rm -f "$DESTDIR$script.old" "$DESTDIR$unit.old" "$DESTDIR$preset.old"
-}
-
-newline='
-'
 action=install
 enable=yes
 for argument in "$@"; do
@@ -402,7 +396,7 @@ for argument in "$@"; do
         --uninstall) [ "$action" = check ] || action=uninstall ;;
         --help | -h)
             usage
-            exit 0
+            exit
             ;;
         *) die "not an option: $argument (see --help)" 2 ;;
     esac
@@ -412,10 +406,9 @@ here=$(dirname -- "$(readlink -f -- "$0")")
 check_variables
 check_targets
 if [ "$action" = uninstall ]; then
-    remove
+    uninstall
     reload
-    echo "Removed $script and $unit from ${DESTDIR:-this machine}."
-    exit 0
+    exit
 fi
 { [ -f "$here/$SCRIPT" ] && [ -f "$here/$UNIT" ]; } || die "$SCRIPT or $UNIT is missing in $here"
 check_sandbox
@@ -423,14 +416,18 @@ check_unit
 check_python
 if [ "$action" = check ]; then
     check_image || exit 1
-    echo "No problem was found in ${DESTDIR:-this machine}.$(exists "$DESTDIR$unit" || echo " The unit is not installed there.")"
-    exit 0
+    also=''
+    exists "$DESTDIR$unit" || also=' The unit is not installed there.'
+    echo "No problem was found in ${DESTDIR:-this machine}.$also"
+    exit
 fi
 check_image || :
 install_files
 reload
+enabled='enabled for the next boot'
+[ "$enable" = yes ] || enabled='not enabled'
 echo "Installed in ${DESTDIR:-this machine}: $script"
-echo "and $unit, $([ "$enable" = no ] && echo "not enabled" || echo "enabled for the next boot")."
+echo "and $unit, $enabled."
 [ -n "$DESTDIR" ] || cat <<EOF
 Before this machine is captured: remove the users, keys and logs that must not be in every VM, then
     rm -f /etc/ssh/ssh_host_* && truncate -s 0 /etc/machine-id
