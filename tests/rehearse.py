@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
+from typing import IO, Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 from tests.fake_azure import FakeAzure, Request, Reset, Status
 from tests.vm import (
@@ -78,7 +78,7 @@ def show(text: str = "", end: str = "\n") -> None:
     os.write(1, f"{erase}{text}{end}".encode(encoding, "backslashreplace"))
 
 
-def show_progress(text: str) -> None:
+def show_progress(text: str = "") -> None:
     """Show TEXT in the last line, if standard output is a terminal."""
     if os.isatty(1):
         show(text[: shutil.get_terminal_size().columns - 1], end="")
@@ -171,8 +171,10 @@ def add_faults(azure: FakeAzure) -> None:
 class Rehearsal:
     """The boots of an image, as far as it got."""
 
-    def __init__(self, options: argparse.Namespace, setup: Setup, signals: List[int]) -> None:
-        self.options, self.setup, self.signals = options, setup, signals
+    def __init__(
+        self, options: argparse.Namespace, setup: Setup, console: IO[bytes], signals: List[int]
+    ) -> None:
+        self.options, self.setup, self.console, self.signals = options, setup, console, signals
         self.boots: List[Boot] = []  # the first boot of each VM
         self.reboot: Optional[Boot] = None  # the second boot of the second VM
         self.fates: Dict[Boot, str] = {}  # why a VM ended early
@@ -219,7 +221,10 @@ class Rehearsal:
     def show_event(self, at: float, source: str, text: str) -> None:
         """Show an event; of the console only what our own script says, and a panic."""
         if source == "console":
-            self.keep(text)
+            try:
+                self.console.write(text.encode("utf-8", "replace") + b"\n")
+            except OSError as error:
+                raise VMError(f"--console {self.console.name}: {error.strerror}") from None
             said = re.search(r"azure-provisioning\[\d+\]: (.*)|(Kernel panic.*)", text)
             if not said:
                 return
@@ -230,15 +235,6 @@ class Rehearsal:
         if self._lines == MAX_LINES:
             show("           (further lines are not shown)")
 
-    def keep(self, text: str) -> None:
-        """Write a line of the console to the file that was asked for."""
-        if self.options.console:
-            try:
-                self.options.console.write(text.encode("utf-8", "replace") + b"\n")
-            except OSError as error:
-                name = self.options.console.name
-                raise VMError(f"--console {name}: {error.strerror}") from None
-
     def watch(self, boot: Boot, second: bool) -> None:
         """Watch BOOT until nothing more is to be expected of it."""
         latest = boot.started + self.options.timeout
@@ -247,9 +243,10 @@ class Rehearsal:
             remaining = min(deadline(boot, second), latest) - now
             if remaining <= 0:
                 break
-            show_progress(f"{now - boot.started:7.0f} s  {self._title}: {awaited(boot)}")
+            awaited = "more" if second or ready_time(boot) else "Ready"
+            show_progress(f"{now - boot.started:7.0f} s  {self._title}: waiting for {awaited}")
             self.step(min(remaining, 0.5))
-        show_progress("")
+        show_progress()
         if boot.panic:
             self.fates[boot] = boot.panic
         elif boot.off.is_set():
@@ -318,15 +315,6 @@ def deadline(boot: Boot, second: bool) -> float:
     pace = (last if second else ready or prompt) - boot.started
     finished = prompt and named and (ready or second)
     return last + (max(5, pace / 4) if finished else max(10, pace))
-
-
-def awaited(boot: Boot) -> str:
-    """What BOOT has not done yet."""
-    if not boot.dhcp:
-        return "waiting for a DHCP request"
-    if ready_time(boot):
-        return "waiting for more" if named_time(boot) else "waiting for its name in DHCP"
-    return "waiting for Ready" if boot.requests else "waiting for a request to Azure"
 
 
 def seconds(boot: Boot, at: float) -> str:
@@ -520,23 +508,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def number(low: int, high: int) -> Callable[[str], int]:
-    """A converter to a number from LOW to HIGH."""
-
-    def convert(text: str) -> int:
-        if not re.match(r"[0-9]{1,9}\Z", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"not a number from {low} to {high}: {text!r}")
-        return int(text)
-
-    return convert
-
-
-def name(text: str) -> str:
-    if not re.match(r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z", text):  # and six digits: hostname(7)
-        raise argparse.ArgumentTypeError(f"not the beginning of a hostname: {text!r}")
-    return text
-
-
 def parse_command_line(arguments: List[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python3 -m tests.rehearse",
@@ -548,13 +519,22 @@ def parse_command_line(arguments: List[str]) -> argparse.Namespace:
     option = parser.add_argument
     option("image", metavar="IMAGE", type=Path, help="a disk: raw, qcow2, vhd, vhdx and so on")
     option("--generation", type=int, choices=(1, 2), default=1, help="BIOS (1) or EFI (2); [1]")
-    option("--name", type=name, default="rehearsal", help="of the scale set [rehearsal]")
-    option("--timeout", type=number(1, 7200), default=180, metavar="S", help="for each boot [180]")
-    option("--memory", type=number(64, 1 << 20), default=1024, metavar="MIB", help="[1024]")
+    option("--name", default="rehearsal", help="of the scale set [rehearsal]")
+    option("--timeout", type=int, default=180, metavar="S", help="for each boot [180]")
+    option("--memory", type=int, default=1024, metavar="MIB", help="[1024]")
     option("--faults", action="store_true", help="Azure is absent, then rejects, then recovers")
-    option("--console", type=Path, metavar="FILE", help="write what the VMs say on ttyS0 there")
+    console = "write what the VMs say on ttyS0 there"
+    option("--console", type=Path, metavar="FILE", default=Path(os.devnull), help=console)
     option("--accel", choices=("kvm", "tcg"), help="KVM, or plain emulation [KVM if it works]")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, low, high in (("timeout", 1, 7200), ("memory", 64, 1 << 20)):
+        if not low <= getattr(options, name) <= high:
+            parser.error(f"argument --{name}: not a number from {low} to {high}")
+    if not re.match(
+        r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z", options.name
+    ):  # and six digits: hostname(7)
+        parser.error(f"argument --name: not the beginning of a hostname: {options.name!r}")
+    return options
 
 
 def main(arguments: List[str]) -> int:
@@ -568,27 +548,28 @@ def main(arguments: List[str]) -> int:
     try:
         read_footer(options.image)
         check_tools()
-        found, setup = check_bootable(options.image), find_setup(options)
-        if options.console:
-            if is_disk(options.console):  # IMAGE, or what it is based on
-                raise VMError(f"--console {options.console} is a disk, and would be overwritten")
-            options.console = options.console.open("wb", buffering=0)
-        image = clean(str(options.image))
-        show(f"{image}: {found}, generation {options.generation}; {setup[1]}")
-        rehearsal = Rehearsal(options, setup[0], signals)
-        rehearsal.run()
+        found, (setup, how) = check_bootable(options.image), find_setup(options)
+        if is_disk(options.console):  # IMAGE, or what it is based on
+            raise VMError(f"--console {options.console} is a disk, and would be overwritten")
+        with options.console.open("wb", buffering=0) as console:
+            image = clean(str(options.image))
+            show(f"{image}: {found}, generation {options.generation}; {how}")
+            rehearsal = Rehearsal(options, setup, console, signals)
+            rehearsal.run()
         status, lines = verdict(rehearsal)
         show("\n".join(lines))
         return status
     except BrokenPipeError:  # nobody reads the output
         return 128 + signal.SIGPIPE
     except StoppedError as stopped:
-        show_progress("")
+        show_progress()
         show("Stopped.")
         return 128 + int(stopped.args[0])
     except (OSError, VMError) as error:
-        show_progress("")
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        show_progress()
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{error.filename or 'standard output'}: {error.strerror}"
         os.write(2, f"python3 -m tests.rehearse: {clean(reason)}\n".encode("ascii", "replace"))
         return 2
 

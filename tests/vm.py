@@ -118,7 +118,6 @@ class DhcpRequest(NamedTuple):
 
     time: float
     kind: str  # "DISCOVER", "REQUEST" or "INFORM"
-    mac: str
     name: str  # option 12, or else 81; empty if there is neither
     client: str  # as far as its options tell: "systemd-networkd"
 
@@ -146,9 +145,8 @@ def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
     kind = KINDS.get(options.get(53, b""))
     if not kind or options.get(60, b"").startswith(b"PXEClient"):  # the firmware, not the image
         return None
-    mac = ":".join(f"{byte:02x}" for byte in message[28:34])
     name = options.get(12, b"") or fqdn(options.get(81, b""))
-    return DhcpRequest(at, kind, mac, clean(name), dhcp_client(options))
+    return DhcpRequest(at, kind, clean(name), dhcp_client(options))
 
 
 def fqdn(option: bytes) -> bytes:
