@@ -492,7 +492,7 @@ def verdict(rehearsal: Rehearsal) -> Tuple[int, List[str]]:
     if not ready_time(last) and last.console.strip():
         lines += ["", "From its console:", *(f"  | {text:.150}" for text in excerpt(last.console))]
     failed = any(state == FAIL for _, state, _ in outcomes)
-    if len(rehearsal.boots) < 2 or not all(map(ready_time, rehearsal.boots)):
+    if not all(map(ready_time, rehearsal.boots)):
         result = "It will not provision."
     else:
         result = "It will provision, but not correctly." if failed else "It will provision."
