@@ -67,10 +67,6 @@ NAMES = ("computerName", "osProfile", "compute", "instance")
 AGENTS = ("cloud-init", "afterburn", "azure-init", "walinuxagent", "custom-provisioning")
 
 
-class StoppedError(Exception):
-    """A signal arrived; its number is the argument."""
-
-
 def show(text: str = "", end: str = "\n") -> None:
     """Print TEXT; on a terminal it replaces the progress."""
     encoding = (sys.stdout and sys.stdout.encoding) or "ascii"
@@ -212,9 +208,9 @@ class Rehearsal:
             self.show_event(*self._events.get())
 
     def step(self, timeout: float) -> None:
-        """Show what happens next, or else wait for TIMEOUT seconds; raises StoppedError."""
+        """Show what happens next, or else wait for TIMEOUT seconds."""
         if self.signals:
-            raise StoppedError(self.signals[0])
+            raise KeyboardInterrupt
         with contextlib.suppress(queue.Empty):
             self.show_event(*self._events.get(timeout=timeout))
 
@@ -295,11 +291,6 @@ def named_time(boot: Boot) -> float:
     return next((r.time for r in boot.dhcp if r.name.lower().split(".")[0] == name), 0)
 
 
-def last_event(boot: Boot) -> float:
-    times = [event.time for events in (boot.requests, boot.dhcp) for event in events]
-    return max(boot.started, boot.prompt_time, *times)
-
-
 def deadline(boot: Boot, second: bool) -> float:
     """Until when a VM's first or second boot is worth watching, on the clock.
 
@@ -307,7 +298,8 @@ def deadline(boot: Boot, second: bool) -> float:
     button: hence the login prompt, and more patience if there is none.
     """
     ready, named, prompt = ready_time(boot), named_time(boot), boot.prompt_time
-    last = last_event(boot)
+    times = [event.time for events in (boot.requests, boot.dhcp) for event in events]
+    last = max(boot.started, prompt, *times)
     if second and ready:
         return ready
     if not prompt and not (named if second else ready):
@@ -561,10 +553,10 @@ def main(arguments: List[str]) -> int:
         return status
     except BrokenPipeError:  # nobody reads the output
         return 128 + signal.SIGPIPE
-    except StoppedError as stopped:
+    except KeyboardInterrupt:
         show_progress()
         show("Stopped.")
-        return 128 + int(stopped.args[0])
+        return 128 + signals[0]
     except (OSError, VMError) as error:
         show_progress()
         reason = str(error)

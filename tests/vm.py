@@ -8,7 +8,6 @@ The image is not changed: the VM writes to an overlay, which lasts from boot to 
 Times are in seconds of the monotonic clock.
 """
 
-import codecs
 import contextlib
 import ctypes
 import fcntl
@@ -353,7 +352,7 @@ class Boot:
         self.prompt_time = 0.0  # when the console last asked for a login; 0 if it did not
         self.seconds = 0.0  # that the power was on, once it is off
         self.off = threading.Event()
-        self._rest = ""  # of the console: the beginning of a line
+        self._rest = b""  # of the console: the beginning of a line
         self._changed = threading.Condition()
         self._errors = Path(vm.path("errors"))  # of QEMU
         vm.azure.on_request = self._record
@@ -440,26 +439,27 @@ class Boot:
             self._changed.notify_all()
 
     def _read_console(self, descriptor: int) -> None:
-        size, decoder = 0, codecs.getincrementaldecoder("utf-8")("replace")
+        size = 0
         with open(descriptor, "rb", 0) as pipe:
             for block in iter(lambda: pipe.read(4096), b""):
                 size += len(block)
                 if size > MAX_CONSOLE:
                     continue
-                *lines, self._rest = (self._rest + decoder.decode(block)).split("\n")
+                *lines, self._rest = (self._rest + block).split(b"\n")
                 for line in lines:
                     self._add_line(line)
-                if self._rest.rstrip().endswith("login:"):
+                if self._rest.rstrip().endswith(b"login:"):
                     self.prompt_time = time.monotonic()
-        rest, self._rest = self._rest, ""
+        rest, self._rest = self._rest, b""
         if rest:
             self._add_line(rest)
 
-    def _add_line(self, line: str) -> None:
-        self.lines.append(clean(line.rstrip("\r")))
-        if "Kernel panic" in line:
-            self.panic = self.lines[-1]
-        self._tell("console", self.lines[-1])
+    def _add_line(self, line: bytes) -> None:
+        text = clean(line.rstrip(b"\r"))
+        self.lines.append(text)
+        if "Kernel panic" in text:
+            self.panic = text
+        self._tell("console", text)
 
     def _read_packets(self, descriptor: int) -> None:
         """Read a packet capture as it grows: https://wiki.wireshark.org/Development/LibpcapFileFormat."""
