@@ -54,6 +54,7 @@ PROBE_DEVICE = "isa-debug-exit,iobase=0xf4,iosize=4"
 PROBE = b"\xb0\x10\xe6\xf4\xf4".ljust(510, b"\0") + b"\x55\xaa"
 PROBE_STATUS, PROBE_TIMEOUT = 33, 3  # seconds
 
+NAME_PREFIX = r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z"  # six digits follow: hostname(7)
 POWER_OFF_TIMEOUT = 20  # seconds; long enough for a journal of 5 s to reach the disk
 MAX_LINES = 300  # that one boot may show
 CONSOLE_LINES = 6  # of trouble, and of the end, that are shown with a verdict
@@ -74,7 +75,7 @@ def show(text: str = "", end: str = "\n") -> None:
     os.write(1, f"{erase}{text}{end}".encode(encoding, "backslashreplace"))
 
 
-def show_progress(text: str = "") -> None:
+def show_progress(text: str) -> None:
     """Show TEXT in the last line, if standard output is a terminal."""
     if os.isatty(1):
         show(text[: shutil.get_terminal_size().columns - 1], end="")
@@ -242,7 +243,6 @@ class Rehearsal:
             awaited = "more" if second or ready_time(boot) else "Ready"
             show_progress(f"{now - boot.started:7.0f} s  {self._title}: waiting for {awaited}")
             self.step(min(remaining, 0.5))
-        show_progress()
         if boot.panic:
             self.fates[boot] = boot.panic
         elif boot.off.is_set():
@@ -522,9 +522,7 @@ def parse_command_line(arguments: List[str]) -> argparse.Namespace:
     for name, low, high in (("timeout", 1, 7200), ("memory", 64, 1 << 20)):
         if not low <= getattr(options, name) <= high:
             parser.error(f"argument --{name}: not a number from {low} to {high}")
-    if not re.match(
-        r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z", options.name
-    ):  # and six digits: hostname(7)
+    if not re.match(NAME_PREFIX, options.name):
         parser.error(f"argument --name: not the beginning of a hostname: {options.name!r}")
     return options
 
@@ -554,11 +552,10 @@ def main(arguments: List[str]) -> int:
     except BrokenPipeError:  # nobody reads the output
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        show_progress()
         show("Stopped.")
         return 128 + signals[0]
     except (OSError, VMError) as error:
-        show_progress()
+        show_progress("")
         reason = str(error)
         if isinstance(error, OSError):
             reason = f"{error.filename or 'standard output'}: {error.strerror}"
