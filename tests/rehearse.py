@@ -113,25 +113,29 @@ def kvm_problem() -> str:
         os.close(os.open("/dev/kvm", os.O_RDWR))
     except OSError as error:
         return f"/dev/kvm: {error.strerror}"
+    return "" if runs_guest("kvm", PROBE_TIMEOUT) else "/dev/kvm does not run a guest"
+
+
+def runs_guest(accelerator: str, timeout: float) -> bool:
+    """Whether a guest runs, and ends within TIMEOUT seconds."""
     with tempfile.TemporaryFile() as disk:
         disk.write(PROBE)
         disk.flush()
         devices = ("-nodefaults", "-display", "none", "-device", PROBE_DEVICE)
-        drive = ("-drive", f"file=/dev/fd/{disk.fileno()},format=raw,readonly=on")
+        drive = ("-drive", f"file=/dev/fd/{disk.fileno()},format=raw")
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = subprocess.call(
-                ["qemu-system-x86_64", *CPU["kvm"], *devices, *drive],
+                ["qemu-system-x86_64", *CPU[accelerator], *devices, *drive],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[disk.fileno()],
                 start_new_session=True,
                 preexec_fn=die_with_parent,
-                timeout=PROBE_TIMEOUT,
+                timeout=timeout,
             )
-            if status == PROBE_STATUS:
-                return ""
-    return "/dev/kvm does not run a guest"
+            return status == PROBE_STATUS
+    return False
 
 
 def check_bootable(path: Path) -> str:

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -217,6 +218,12 @@ class VerdictTest(unittest.TestCase):
                 boot: Any = FakeBoot(name, asked)
                 boot.prompt_time = prompt
                 self.assertEqual(rehearse.deadline(boot, second), until)
+
+
+class ProbeTest(unittest.TestCase):
+    @unittest.skipUnless(shutil.which("qemu-system-x86_64"), "needs QEMU")
+    def test_accelerator_that_works_is_recognized(self) -> None:
+        self.assertTrue(rehearse.runs_guest("tcg", timeout=60))
 
 
 class CommandLineTest(unittest.TestCase):
