@@ -1,23 +1,24 @@
-"""Boot a disk image as Azure would boot it, against a fake Azure, and tell whether it provisions.
+"""Boot a disk image as Azure would, against a fake Azure, and tell whether it provisions.
 
 The image boots unchanged as two VMs, and one of them once more. It is judged from the platform's
 side alone: by its DHCP requests, its HTTP requests and its serial console. So it may have any
-provisioning agent. QEMU is all that this needs; no privileges, no network.
+provisioning agent. Only QEMU is needed: no privileges, no network.
 """
 
 import argparse
+import contextlib
 import math
 import os
+import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
+from typing import IO, Any, Callable, Dict, Iterator, List, NoReturn, Optional, Tuple
 
 from tests.fake_azure import FakeAzure, Request, Reset, Status
 from tests.vm import (
@@ -49,9 +50,11 @@ FIRMWARE = (
 )
 
 # A boot sector that ends QEMU: mov al, 16; out 0xf4, al; hlt. The status is 2 * 16 + 1.
+PROBE_DEVICE = "isa-debug-exit,iobase=0xf4,iosize=4"
 PROBE = b"\xb0\x10\xe6\xf4\xf4".ljust(510, b"\0") + b"\x55\xaa"
 PROBE_STATUS, PROBE_TIMEOUT = 33, 3  # seconds
 
+NAME_PREFIX = r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z"  # six digits follow: hostname(7)
 POWER_OFF_TIMEOUT = 20  # seconds; long enough for a journal of 5 s to reach the disk
 MAX_LINES = 300  # that one boot may show
 CONSOLE_LINES = 6  # of trouble, and of the end, that are shown with a verdict
@@ -65,59 +68,17 @@ NAMES = ("computerName", "osProfile", "compute", "instance")
 AGENTS = ("cloud-init", "afterburn", "azure-init", "walinuxagent", "custom-provisioning")
 
 
-class StoppedError(Exception):
-    """The user, or whoever read our output, wants no more; `status` is the exit status."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.status = 128 + number
-
-
-# What the user sees.
+def show(text: str = "", end: str = "\n") -> None:
+    """Print TEXT; on a terminal it replaces the progress."""
+    encoding = (sys.stdout and sys.stdout.encoding) or "ascii"
+    erase = "\r\x1b[K" if os.isatty(1) else ""
+    os.write(1, f"{erase}{text}{end}".encode(encoding, "backslashreplace"))
 
 
-class Display:
-    """Lines on standard output, and below them how far it is, if that is a terminal."""
-
-    def __init__(self) -> None:
-        self.terminal = os.isatty(1)
-        self.signal = 0
-        self._lock = threading.RLock()
-        self._progress = ""
-
-    def line(self, text: str = "") -> None:
-        """Print a line; called from any thread."""
-        with self._lock:
-            self._write(f"{self._erase()}{text}\n{self._progress}")
-
-    def progress(self, text: str) -> None:
-        """Show TEXT below the lines, on a terminal."""
-        with self._lock:
-            if self.terminal:
-                width = shutil.get_terminal_size().columns - 1
-                erase, self._progress = self._erase(), text[:width]
-                self._write(erase + self._progress)
-
-    def _erase(self) -> str:
-        return "\r\x1b[K" if self._progress else ""
-
-    def _write(self, text: str) -> None:
-        encoding = (sys.stdout and sys.stdout.encoding) or "ascii"
-        data = text.encode(encoding, "backslashreplace")
-        try:
-            while data:
-                data = data[os.write(1, data) :]
-        except OSError:  # nobody reads it
-            self.signal = self.signal or signal.SIGPIPE
-
-    def stop(self, number: int, frame: Any) -> None:
-        """Have the next tick() stop the rehearsal: a handler of signals."""
-        self.signal = number
-
-    def tick(self) -> None:
-        """Raise StoppedError if it is time to."""
-        if self.signal:
-            raise StoppedError(self.signal)
+def show_progress(text: str) -> None:
+    """Show TEXT in the last line, if standard output is a terminal."""
+    if os.isatty(1):
+        show(text[: shutil.get_terminal_size().columns - 1], end="")
 
 
 # How a VM can be run here.
@@ -152,40 +113,40 @@ def kvm_problem() -> str:
         os.close(os.open("/dev/kvm", os.O_RDWR))
     except OSError as error:
         return f"/dev/kvm: {error.strerror}"
+    return "" if runs_guest("kvm", PROBE_TIMEOUT) else "/dev/kvm does not run a guest"
+
+
+def runs_guest(accelerator: str, timeout: float) -> bool:
+    """Whether a guest runs, and ends within TIMEOUT seconds."""
     with tempfile.TemporaryFile() as disk:
         disk.write(PROBE)
         disk.flush()
-        devices = ("-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-nodefaults")
-        drive = ("-drive", f"file=/dev/fd/{disk.fileno()},format=raw,readonly=on")
-        probe = subprocess.Popen(
-            ["qemu-system-x86_64", *CPU["kvm"], *devices, *drive, "-display", "none"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[disk.fileno()],
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-        try:
-            works = probe.wait(PROBE_TIMEOUT) == PROBE_STATUS
-        except subprocess.TimeoutExpired:
-            works = False
-            probe.kill()
-            probe.wait()
-    return "" if works else "/dev/kvm does not run a guest"
+        devices = ("-nodefaults", "-display", "none", "-device", PROBE_DEVICE)
+        drive = ("-drive", f"file=/dev/fd/{disk.fileno()},format=raw")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = subprocess.call(
+                ["qemu-system-x86_64", *CPU[accelerator], *devices, *drive],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[disk.fileno()],
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+                timeout=timeout,
+            )
+            return status == PROBE_STATUS
+    return False
 
 
 def check_bootable(path: Path) -> str:
     """What the image at PATH is, in words; raises VMError if nothing could boot it."""
     image = inspect(path)
-    with tempfile.TemporaryDirectory(prefix="azure-vm-") as directory:
-        sector = Path(directory, "sector")
-        words = ("dd", "--force-share", "--image-opts", "-O", "raw", "bs=512", "count=1")
-        run("qemu-img", *words, f"if={image.options}", f"of={sector}")
-        if sector.read_bytes()[510:512] != PROBE[510:512]:
-            raise VMError(
-                f"{path}: not a disk: no boot signature in its first sector ({image.format})"
-            )
+    with tempfile.NamedTemporaryFile(prefix="azure-vm-") as sector:
+        words = ("--force-share", "--image-opts", "-O", "raw", "bs=512", "count=1")
+        run("qemu-img", "dd", *words, f"if={image.options}", f"of={sector.name}")
+        if Path(sector.name).read_bytes()[510:] != PROBE[510:]:
+            reason = f"no boot signature in its first sector ({image.format})"
+            raise VMError(f"{path}: not a disk: {reason}")
     return f"{image.format}, {image.size / 2**20:,.0f} MiB"
 
 
@@ -209,78 +170,83 @@ def add_faults(azure: FakeAzure) -> None:
 
 
 class Rehearsal:
-    """The boots of an image, as far as it came to them."""
+    """The boots of an image, as far as it got."""
 
-    def __init__(self, options: argparse.Namespace, setup: Setup, display: Display) -> None:
-        self.options, self.setup, self.display = options, setup, display
+    def __init__(
+        self, options: argparse.Namespace, setup: Setup, console: IO[bytes], signals: List[int]
+    ) -> None:
+        self.options, self.setup, self.console, self.signals = options, setup, console, signals
         self.boots: List[Boot] = []  # the first boot of each VM
         self.reboot: Optional[Boot] = None  # the second boot of the second VM
         self.fates: Dict[Boot, str] = {}  # why a VM ended early
-        self.unwritten = ""  # why the console could not be written to its file
-        self._lines = 0
-        self._started = 0.0
+        self._events: Any = queue.Queue()  # of a time, a source and a text
 
     def run(self) -> None:
-        """Boot two VMs, and the second one again; stop where that could tell nothing more."""
+        """Boot two VMs, and the second one again; stop when nothing more can be learned."""
         for number in range(2):
-            self.display.tick()
-            setup, name = self.setup, self.options.name
-            with VM(self.options.image, setup, number, name, self.show) as vm:
+            with VM(self.options.image, self.setup, number, self.options.name, self.listen) as vm:
                 if self.options.faults:
                     add_faults(vm.azure)
                 with self.power_on(vm, f"VM {number + 1}, first boot") as boot:
                     self.boots.append(boot)
-                    self.watch(boot, first_deadline)
-                    if not ready_time(boot):
-                        return
-                    if number == 0:
-                        continue
-                    self.shut_down(boot)
-                with self.power_on(vm, f"VM {number + 1}, second boot") as self.reboot:
-                    self.watch(self.reboot, second_deadline)
+                    self.watch(boot, second=False)
+                    if ready_time(boot) and number == 1:
+                        self.shut_down(boot)
+                if not ready_time(boot):
+                    return
+                if number == 1:
+                    with self.power_on(vm, "VM 2, second boot") as self.reboot:
+                        self.watch(self.reboot, second=True)
 
-    def power_on(self, vm: VM, title: str) -> Boot:
-        self.display.line(f"\n{title} (MAC address {vm.mac}, name {vm.azure.computer_name})")
-        self._title, self._lines, self._started = title, 0, time.monotonic()
-        return vm.boot()
+    def listen(self, *event: Any) -> None:
+        """Take an event from any thread; the main thread shows it."""
+        self._events.put(event)
 
-    def show(self, at: float, source: str, text: str) -> None:
-        """Show what happens; the console only as far as our own script speaks on it."""
+    @contextlib.contextmanager
+    def power_on(self, vm: VM, title: str) -> Iterator[Boot]:
+        show(f"\n{title} (MAC address {vm.mac}, name {vm.azure.computer_name})")
+        self._title, self._lines = title, 0
+        with vm.boot() as boot:
+            self._started = boot.started
+            yield boot
+        while not self._events.empty():
+            self.show_event(*self._events.get())
+
+    def step(self, timeout: float) -> None:
+        """Show what happens next, or else wait for TIMEOUT seconds."""
+        if self.signals:
+            raise KeyboardInterrupt
+        with contextlib.suppress(queue.Empty):
+            self.show_event(*self._events.get(timeout=timeout))
+
+    def show_event(self, at: float, source: str, text: str) -> None:
+        """Show an event; of the console only what our own script says, and a panic."""
         if source == "console":
-            self.keep(text)
+            try:
+                self.console.write(text.encode("utf-8", "replace") + b"\n")
+            except OSError as error:
+                raise VMError(f"--console {self.console.name}: {error.strerror}") from None
             said = re.search(r"azure-provisioning\[\d+\]: (.*)|(Kernel panic.*)", text)
             if not said:
                 return
             text = said.group(1) or said.group(2)
         self._lines += 1
         if self._lines <= MAX_LINES:
-            self.display.line(f"{at - self._started:7.1f} s  {source:<7}  {text:.150}")
-            if self._lines == MAX_LINES:
-                self.display.line("           (further lines are not shown)")
+            show(f"{at - self._started:7.1f} s  {source:<7}  {text:.150}")
+        if self._lines == MAX_LINES:
+            show("           (further lines are not shown)")
 
-    def keep(self, text: str) -> None:
-        """Write a line of the console to the file that was asked for."""
-        if self.options.console and not self.unwritten:
-            try:
-                self.options.console.write(text + "\n")
-                self.options.console.flush()
-            except OSError as error:
-                self.unwritten = str(error.strerror)
-
-    def watch(self, boot: Boot, deadline: Callable[[Boot], float]) -> None:
+    def watch(self, boot: Boot, second: bool) -> None:
         """Watch BOOT until nothing more is to be expected of it."""
         latest = boot.started + self.options.timeout
-        while True:
+        while not boot.off.is_set() and not boot.panic:
             now = time.monotonic()
-            remaining = min(deadline(boot), latest) - now
-            if remaining <= 0 or boot.off.is_set() or boot.panic:
+            remaining = min(deadline(boot, second), latest) - now
+            if remaining <= 0:
                 break
-            self.display.tick()
-            if self.unwritten:
-                raise VMError(f"--console {self.options.console.name}: {self.unwritten}")
-            self.display.progress(f"{now - boot.started:7.0f} s  {self._title}: {awaited(boot)}")
-            boot.wait_for_change(min(remaining, 0.5))
-        self.display.progress("")
+            awaited = "more" if second or ready_time(boot) else "Ready"
+            show_progress(f"{now - boot.started:7.0f} s  {self._title}: waiting for {awaited}")
+            self.step(min(remaining, 0.5))
         if boot.panic:
             self.fates[boot] = boot.panic
         elif boot.off.is_set():
@@ -289,31 +255,38 @@ class Rehearsal:
 
     def shut_down(self, boot: Boot) -> None:
         """Turn the VM off by its power button, as Azure does, or else by a power cut."""
-        now = pressed = time.monotonic()
-        boot.press_power_button()
-        end = now + POWER_OFF_TIMEOUT
-        while not boot.off.is_set() and now < end:
-            self.display.tick()
-            boot.wait_for_change(0.5)
+        end = time.monotonic() + POWER_OFF_TIMEOUT
+        pressed = -math.inf
+        while not boot.off.is_set():
             now = time.monotonic()
-            if now - pressed > POWER_OFF_TIMEOUT / 4:  # nobody may have been there to notice
+            if now > end:
+                show("           The VM ignores its power button: its power is cut.")
+                return
+            if now - pressed > POWER_OFF_TIMEOUT / 4:  # at first nobody may be there to notice
                 pressed = now
                 boot.press_power_button()
-        if not boot.off.is_set():
-            self.display.line("           The VM ignores its power button: its power is cut.")
+            self.step(0.5)
 
 
-# What is awaited of a VM. Patience goes by the VM's own pace: emulation is ten times slower.
+# What is awaited of a VM. Patience depends on the VM's own pace: emulation is ten times slower.
 
 
-def ready_time(boot: Boot) -> float:
-    """When Azure accepted that the VM is ready; 0 if it did not."""
-    return next((request.time for request in boot.requests if is_ready(request)), 0)
+def requests(boot: Boot, *resources: str) -> List[Request]:
+    return [request for request in boot.requests if request.resource in resources]
+
+
+def metadata_requests(boot: Boot) -> List[Request]:
+    return [request for request in boot.requests if request.path.startswith("/metadata/")]
 
 
 def is_ready(request: Request) -> bool:
     accepted = request.resource == "health" and request.status == 200
     return accepted and b">Ready<" in request.body
+
+
+def ready_time(boot: Boot) -> float:
+    """When Azure accepted that the VM is ready; 0 if it did not."""
+    return next((request.time for request in boot.requests if is_ready(request)), 0)
 
 
 def named_time(boot: Boot) -> float:
@@ -322,48 +295,22 @@ def named_time(boot: Boot) -> float:
     return next((r.time for r in boot.dhcp if r.name.lower().split(".")[0] == name), 0)
 
 
-def last_event(boot: Boot) -> float:
-    return max(
-        boot.started,
-        boot.prompt_time,
-        *(request.time for request in boot.requests),
-        *(request.time for request in boot.dhcp),
-    )
-
-
-def first_deadline(boot: Boot) -> float:
-    """Until when a first boot is worth watching, on the clock.
+def deadline(boot: Boot, second: bool) -> float:
+    """Until when a VM's first or second boot is worth watching, on the clock.
 
     An agent may be done long before the boot is, and a VM that is still booting ignores its power
-    button: hence the login prompt, and more patience where there is none.
+    button: hence the login prompt, and more patience if there is none.
     """
-    ready, prompt = ready_time(boot), boot.prompt_time
-    if not ready and not prompt:
+    ready, named, prompt = ready_time(boot), named_time(boot), boot.prompt_time
+    times = [event.time for events in (boot.requests, boot.dhcp) for event in events]
+    last = max(boot.started, prompt, *times)
+    if second and ready:
+        return ready
+    if not prompt and not (named if second else ready):
         return math.inf
-    pace = (ready or prompt) - boot.started
-    finished = ready and named_time(boot) and prompt
-    return last_event(boot) + (max(5, pace / 4) if finished else max(10, pace))
-
-
-def second_deadline(boot: Boot) -> float:
-    """Until when a second boot is worth watching, on the clock."""
-    if ready_time(boot):
-        return ready_time(boot)
-    if not named_time(boot) and not boot.prompt_time:
-        return math.inf
-    last = last_event(boot)
-    pace = last - boot.started
-    finished = named_time(boot) and boot.prompt_time
-    return last + (max(5, pace / 4) if finished else max(10, pace / 2))
-
-
-def awaited(boot: Boot) -> str:
-    """What BOOT has not done yet."""
-    if not boot.dhcp:
-        return "waiting for a DHCP request"
-    if ready_time(boot):
-        return "waiting for more" if named_time(boot) else "waiting for its name in DHCP"
-    return "waiting for Ready" if boot.requests else "waiting for a request to Azure"
+    pace = (last if second else ready or prompt) - boot.started
+    finished = prompt and named and (ready or second)
+    return last + (max(5, pace / 4) if finished else max(10, pace))
 
 
 def seconds(boot: Boot, at: float) -> str:
@@ -387,60 +334,59 @@ def asks_dhcp(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     if not SYSTEM.search(boot.console):
         generation = 3 - rehearsal.setup.generation
         reason = f"no kernel on the console either: does it boot? try --generation {generation}"
+    return absent("no DHCP request", reason, boot, rehearsal)
+
+
+def absent(what: str, reason: str, boot: Boot, rehearsal: Rehearsal) -> Outcome:
+    """The failure that WHAT did not come: because the VM ended early, or else for REASON."""
     reason = rehearsal.fates.get(boot, reason)
-    return FAIL, f"no DHCP request {watched(boot)}: {reason}"
-
-
-def watched(boot: Boot) -> str:
-    return f"within {boot.seconds:.0f} s"
+    return FAIL, f"{what} within {boot.seconds:.0f} s: {reason}"
 
 
 def requests_goal_state(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     if not boot.dhcp and not boot.requests:
         return NOT_REACHED
-    asked = [request for request in boot.requests if request.resource == "goalstate"]
+    asked = requests(boot, "goalstate")
     refused = [request.reason for request in asked if request.reason]
     if refused:
         return FAIL, f"refused: {refused[0]}"
     if asked:
         return OK, seconds(boot, asked[0].time)
     reason = "its unit is not enabled or cannot start, or a firewall blocks it: see its console"
-    reason = rehearsal.fates.get(boot, reason)
-    return FAIL, f"it asks DHCP but sends no request {watched(boot)}: {reason}"
+    return absent("it asks DHCP but sends no request", reason, boot, rehearsal)
 
 
 def reports_ready(boot: Boot, rehearsal: Rehearsal) -> Outcome:
-    reports = [request for request in boot.requests if request.resource == "health"]
-    refused = [request for request in reports if request.reason]
-    count = sum(map(is_ready, reports))
     if not boot.requests:
         return NOT_REACHED
+    reports = requests(boot, "health")
+    refused = [request for request in reports if request.reason]
     if refused:
         return FAIL, f"rejected with status {refused[0].status}: {refused[0].reason}"
+    count = sum(map(is_ready, reports))
+    if not count and reports and b">NotReady<" in reports[-1].body:
+        return FAIL, f"it reported NotReady: {clean(reports[-1].body):.300}"
     if not count:
-        reason = rehearsal.fates.get(boot, "see its console")
-        if reports and b">NotReady<" in reports[-1].body:
-            reason = f"it reported NotReady: {clean(reports[-1].body):.300}"
-        return FAIL, f"no Ready {watched(boot)}: {reason}"
+        return absent("no Ready", "see its console", boot, rehearsal)
     if count > 1:
         return FAIL, f"it reported Ready {count} times"
     return OK, seconds(boot, ready_time(boot))
 
 
 def takes_computer_name(boot: Boot, rehearsal: Rehearsal) -> Outcome:
-    azure = boot.vm.azure
-    asked = [request for request in boot.requests if request.path.startswith("/metadata/")]
+    azure, asked = boot.vm.azure, metadata_requests(boot)
     if not ready_time(boot) and not asked:
         return NOT_REACHED
     wanted = f"compute/osProfile/computerName, {azure.computer_name}"
-    sent = {request.name for request in boot.dhcp}
-    taken = sent & {str(azure.vm_name), str(azure.vm_name).replace("_", "")}
+    resource_names = {str(azure.vm_name), str(azure.vm_name).replace("_", "")}
+    taken = resource_names & {request.name for request in boot.dhcp}
     if taken:
         return FAIL, f"it took {taken.pop()}, after the name of the resource, not {wanted}"
-    answered = [request for request in asked if request.resource in NAMES and request.status == 200]
-    if answered:
-        return OK, f"{azure.computer_name}, from {answered[-1].path.split('?')[0]}"
-    instead = ", ".join(sorted({request.path.split("?")[0] for request in asked})) or "nothing"
+    paths = [request.path.split("?")[0] for request in asked]
+    for path, request in zip(paths, asked):
+        if request.resource in NAMES and request.status == 200:
+            return OK, f"{azure.computer_name}, from {path}"
+    instead = ", ".join(sorted(set(paths))) or "nothing"
     return FAIL, f"it asked IMDS for {instead}, not for {wanted}"
 
 
@@ -450,10 +396,9 @@ def publishes_name(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     if not rehearsal.reboot or not boot.dhcp:
         return NOT_REACHED
     last = boot.dhcp[-1]
+    when = "only" if named_time(rehearsal.reboot) else "not even"
     client = f"its DHCP client seems to be {last.client}"
-    if named_time(rehearsal.reboot):
-        return FAIL, f"only after a reboot; {client}, which still sent {last.name!r}"
-    return FAIL, f"not even after a reboot; {client}, which sent {last.name!r}"
+    return FAIL, f"{when} after a reboot; {client}, which sent {last.name!r}"
 
 
 def speaks(boot: Boot, rehearsal: Rehearsal) -> Outcome:
@@ -463,21 +408,21 @@ def speaks(boot: Boot, rehearsal: Rehearsal) -> Outcome:
 
 
 def is_the_only_agent(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+    if not boot.requests:
+        return NOT_REACHED
     agents = sorted(filter(None, {agent(request) for request in boot.requests}))
     if len(agents) > 1:
         return FAIL, f"{len(agents)} agents talk to Azure: {', '.join(agents)}; leave one enabled"
-    if not boot.requests:
-        return NOT_REACHED
     return OK, agents[0] if agents else "it does not name itself"
 
 
 def agent(request: Request) -> str:
     """The agent that sent REQUEST, by what it calls itself or by what no other agent asks for."""
     headers = {name.lower(): value for name, value in request.headers.items()}
-    for called in (headers.get("user-agent", ""), headers.get("x-ms-agent-name", "")):
-        known = [name for name in AGENTS if name in called.lower()]
-        if known:
-            return known[0]
+    for header in ("user-agent", "x-ms-agent-name"):
+        for name in AGENTS:
+            if name in headers.get(header, "").lower():
+                return name
     if request.resource in ("versions", "telemetrydata"):
         return "walinuxagent"
     return clean(headers.get("x-ms-agent-name", ""))
@@ -500,11 +445,11 @@ def is_silent_after_a_reboot(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     if ready_time(reboot):
         return FAIL, "it reported Ready again: the unit was not disabled (a read-only root?)"
     if not reboot.dhcp:
-        return FAIL, f"no DHCP request {watched(reboot)}"
+        return absent("no DHCP request", "see its console", reboot, rehearsal)
     if not named_time(reboot):
         name = str(reboot.vm.azure.computer_name)
         return FAIL, f"it asks DHCP with the name {reboot.dhcp[-1].name!r}, not {name!r}"
-    asked = [request for request in reboot.requests if request.path.startswith("/metadata/")]
+    asked = metadata_requests(reboot)
     if len(asked) < len(reboot.requests):
         return FAIL, "it asks the WireServer at each boot: the unit was not disabled"
     return OK, f"but for requests to IMDS: {len(asked)}" if asked else ""
@@ -528,32 +473,26 @@ CHECKS: List[Tuple[str, Check]] = [
 ]
 
 
-def excerpt(lines: List[str]) -> List[str]:
+def excerpt(console: str) -> List[str]:
     """The lines of a console that may tell what went wrong, and its last lines."""
-    lines = [text for text in lines if text.strip()]
+    lines = [text for text in console.splitlines() if text.strip()]
     trouble = [text for text in lines[:-CONSOLE_LINES] if TROUBLE.search(text)]
     return trouble[-CONSOLE_LINES:] + lines[-CONSOLE_LINES:]
 
 
-def verdict(rehearsal: Rehearsal) -> int:
-    """Tell what came out; return the exit status."""
-    boot, line = rehearsal.boots[0], rehearsal.display.line
-    outcomes = [(title, *check(boot, rehearsal)) for title, check in CHECKS]
-    failed = [title for title, state, _ in outcomes if state == FAIL]
-    line()
-    for title, state, remark in outcomes:
-        line(f"  {state:<4}  {title:<23}  {remark}".rstrip())
+def verdict(rehearsal: Rehearsal) -> Tuple[int, List[str]]:
+    """The exit status, and the lines that say what was found."""
+    outcomes = [(title, *check(rehearsal.boots[0], rehearsal)) for title, check in CHECKS]
+    lines = ["", *(f"  {state:<4}  {title:<23}  {remark}" for title, state, remark in outcomes)]
     last = rehearsal.boots[-1]
     if not ready_time(last) and last.console.strip():
-        line("\nFrom its console:")
-        for text in excerpt(last.console.splitlines()):
-            line(f"  | {text:.150}")
-    ready = len(rehearsal.boots) == 2 and all(map(ready_time, rehearsal.boots))
-    result = "It will provision." if ready else "It will not provision."
-    if ready and failed:
-        result = "It will provision, but not correctly."
-    line(f"\n{result}")
-    return 1 if failed else 0
+        lines += ["", "From its console:", *(f"  | {text:.150}" for text in excerpt(last.console))]
+    failed = any(state == FAIL for _, state, _ in outcomes)
+    if not all(map(ready_time, rehearsal.boots)):
+        result = "It will not provision."
+    else:
+        result = "It will provision, but not correctly." if failed else "It will provision."
+    return int(failed), [line.rstrip() for line in [*lines, "", result]]
 
 
 # The command line.
@@ -563,23 +502,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say in one line what is wrong, and end with status 2."""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def number(low: int, high: int) -> Callable[[str], int]:
-    """A converter to a number from LOW to HIGH."""
-
-    def convert(text: str) -> int:
-        if not re.match(r"[0-9]{1,9}\Z", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"not a number from {low} to {high}: {text!r}")
-        return int(text)
-
-    return convert
-
-
-def name(text: str) -> str:
-    if not re.match(r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z", text):  # and six digits: hostname(7)
-        raise argparse.ArgumentTypeError(f"not the beginning of a hostname: {text!r}")
-    return text
 
 
 def parse_command_line(arguments: List[str]) -> argparse.Namespace:
@@ -593,48 +515,56 @@ def parse_command_line(arguments: List[str]) -> argparse.Namespace:
     option = parser.add_argument
     option("image", metavar="IMAGE", type=Path, help="a disk: raw, qcow2, vhd, vhdx and so on")
     option("--generation", type=int, choices=(1, 2), default=1, help="BIOS (1) or EFI (2); [1]")
-    option("--name", type=name, default="rehearsal", help="of the scale set [rehearsal]")
-    option("--timeout", type=number(1, 7200), default=180, metavar="S", help="for each boot [180]")
-    option("--memory", type=number(64, 1 << 20), default=1024, metavar="MIB", help="[1024]")
+    option("--name", default="rehearsal", help="of the scale set [rehearsal]")
+    option("--timeout", type=int, default=180, metavar="S", help="for each boot [180]")
+    option("--memory", type=int, default=1024, metavar="MIB", help="[1024]")
     option("--faults", action="store_true", help="Azure is absent, then rejects, then recovers")
-    option("--console", type=Path, metavar="FILE", help="write what the VMs say on ttyS0 there")
+    console = "write what the VMs say on ttyS0 there"
+    option("--console", type=Path, metavar="FILE", default=Path(os.devnull), help=console)
     option("--accel", choices=("kvm", "tcg"), help="KVM, or plain emulation [KVM if it works]")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, low, high in (("timeout", 1, 7200), ("memory", 64, 1 << 20)):
+        if not low <= getattr(options, name) <= high:
+            parser.error(f"argument --{name}: not a number from {low} to {high}")
+    if not re.match(NAME_PREFIX, options.name):
+        parser.error(f"argument --name: not the beginning of a hostname: {options.name!r}")
+    return options
 
 
 def main(arguments: List[str]) -> int:
     """Rehearse; return the exit status."""
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:  # closed: no file of ours is to take its place
-            os.open(os.devnull, os.O_RDWR)
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # no file of ours is to take the place of a closed standard stream
     options = parse_command_line(arguments)
-    display = Display()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, display.stop)
+    signals: List[int] = []  # a handler that raised could interrupt the cleaning up
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop, lambda number, frame: signals.append(number))
     try:
         read_footer(options.image)
         check_tools()
-        found, setup = check_bootable(options.image), find_setup(options)
-        if options.console:
-            if is_disk(options.console):  # IMAGE, or what it is based on
-                raise VMError(f"--console {options.console} is a disk, and would be overwritten")
-            options.console = options.console.open("w", encoding="utf-8", errors="replace")
-        image = clean(str(options.image))
-        display.line(f"{image}: {found}, generation {options.generation}; {setup[1]}")
-        rehearsal = Rehearsal(options, setup[0], display)
-        rehearsal.run()
-        return verdict(rehearsal)
+        found, (setup, how) = check_bootable(options.image), find_setup(options)
+        if is_disk(options.console):  # IMAGE, or what it is based on
+            raise VMError(f"--console {options.console} is a disk, and would be overwritten")
+        with options.console.open("wb", buffering=0) as console:
+            image = clean(str(options.image))
+            show(f"{image}: {found}, generation {options.generation}; {how}")
+            rehearsal = Rehearsal(options, setup, console, signals)
+            rehearsal.run()
+        status, lines = verdict(rehearsal)
+        show("\n".join(lines))
+        return status
+    except BrokenPipeError:  # nobody reads the output
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        show("Stopped.")
+        return 128 + signals[0]
     except (OSError, VMError) as error:
-        display.progress("")
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        show_progress("")
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{error.filename or 'standard output'}: {error.strerror}"
         os.write(2, f"python3 -m tests.rehearse: {clean(reason)}\n".encode("ascii", "replace"))
         return 2
-    except StoppedError as stopped:
-        display.progress("")
-        display.line("Stopped.")
-        return stopped.status
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""A whole VM under QEMU, as any user, in a network that is nothing but a fake Azure.
+"""A whole VM under QEMU, run by any user, on a network with nothing but a fake Azure.
 
     with VM(Path("image.raw")) as vm, vm.boot() as boot:
         boot.wait(vm.azure.ready.is_set, timeout=60)
-        boot.dhcp, boot.requests, boot.console  # what it asked and said so far
+        boot.dhcp, boot.requests, boot.console  # what it has asked and said so far
 
-The image is not changed: the VM writes to an overlay of its own, which lasts from boot to boot.
-Every time is in seconds of the monotonic clock.
+The image is not changed: the VM writes to an overlay, which lasts from boot to boot.
+Times are in seconds of the monotonic clock.
 """
 
-import codecs
 import contextlib
 import ctypes
 import fcntl
@@ -16,7 +15,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import stat
@@ -33,10 +31,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 from azure_provision import AZURE_CHASSIS_ASSET_TAG, IMDS, WIRESERVER
 from tests.fake_azure import Address, FakeAzure, Request, describe
 
-MAX_CONSOLE = 4 * 1024 * 1024  # characters that are kept of one boot
+MAX_CONSOLE = 4 * 1024 * 1024  # bytes that are kept of one boot
 
-# The user-mode network of QEMU covers both of the platform's addresses; a connection to either one
-# starts a relay, which hands the connection over to the fake and ends.
+# QEMU's user-mode network covers both of the platform's addresses. A connection to either starts a
+# relay, which hands it over to the fake and ends.
 NETWORK = "net=168.0.0.0/7,host=168.0.0.2,dhcpstart=168.0.0.15,dns=168.0.0.3,ipv6=off"
 RELAY = """\
 import socket, sys
@@ -60,13 +58,13 @@ class VMError(Exception):
 
 
 class Door(socket.socket):
-    """What looks like a listening socket at ADDRESS, and is where the relays hand over."""
+    """Acts as a socket that listens at ADDRESS; the relays hand their connections over here."""
 
     def __init__(self, directory: Path, address: Address) -> None:
         super().__init__(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.address = address
         opened = os.open(str(directory), os.O_RDONLY)
-        try:  # a path of at most 107 bytes, whatever that of the directory: unix(7)
+        try:  # a path has at most 107 bytes, and the directory's may be longer: unix(7)
             self.bind(f"/proc/self/fd/{opened}/{address[0]}")
         finally:
             os.close(opened)
@@ -81,9 +79,9 @@ class Door(socket.socket):
 
 
 def enter_private_network() -> None:
-    """Move this process into a network of its own, which has a loopback interface alone.
+    """Move this process into a network namespace of its own, with only a loopback interface.
 
-    Raises OSError where the kernel does not let this user have one.
+    Raises OSError if the kernel does not let this user have one.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     uid, gid = os.geteuid(), os.getegid()
@@ -97,39 +95,37 @@ def enter_private_network() -> None:
         fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, however it ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def has_private_network() -> bool:
     """Whether this user may have a network namespace."""
     try:
-        command = [sys.executable, "-I", "-S", "-c", ""]
-        subprocess.check_call(command, preexec_fn=enter_private_network, start_new_session=True)
+        subprocess.check_call(["true"], preexec_fn=enter_private_network)
         return True
     except (OSError, subprocess.SubprocessError):
         return False
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 # DHCP.
 
 
 class DhcpRequest(NamedTuple):
-    """What a DHCP client asks: RFC 2131, RFC 2132, RFC 4702."""
+    """A message of a DHCP client: RFC 2131, RFC 2132, RFC 4702."""
 
     time: float
     kind: str  # "DISCOVER", "REQUEST" or "INFORM"
-    mac: str
     name: str  # option 12, or else 81; empty if there is neither
-    client: str  # what the options look like: "systemd-networkd"
+    client: str  # as far as its options tell: "systemd-networkd"
 
 
 KINDS = {b"\1": "DISCOVER", b"\3": "REQUEST", b"\x08": "INFORM"}  # option 53
 
 
 def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
-    """What a DHCP client asks in an Ethernet frame; None if it is something else."""
+    """The message of a DHCP client in an Ethernet frame; None if it is something else."""
     if len(frame) < 34 or frame[12:14] != b"\x08\x00" or frame[23] != socket.IPPROTO_UDP:
         return None
     udp = 14 + 4 * (frame[14] & 15)
@@ -142,15 +138,14 @@ def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
         if message[position] == 0:  # padding
             position += 1
             continue
-        length = message[position + 1]
-        options[message[position]] = message[position + 2 : position + 2 + length]
-        position += 2 + length
+        end = position + 2 + message[position + 1]
+        options[message[position]] = message[position + 2 : end]
+        position = end
     kind = KINDS.get(options.get(53, b""))
-    if not kind or options.get(60, b"").startswith(b"PXEClient"):  # the firmware: not the image
+    if not kind or options.get(60, b"").startswith(b"PXEClient"):  # the firmware, not the image
         return None
-    mac = ":".join(f"{byte:02x}" for byte in message[28:34])
     name = options.get(12, b"") or fqdn(options.get(81, b""))
-    return DhcpRequest(at, kind, mac, clean(name), dhcp_client(options))
+    return DhcpRequest(at, kind, clean(name), dhcp_client(options))
 
 
 def fqdn(option: bytes) -> bytes:
@@ -165,7 +160,7 @@ def fqdn(option: bytes) -> bytes:
 
 
 def dhcp_client(options: Dict[int, bytes]) -> str:
-    """Which DHCP client sends such options, as far as they tell: some send their name (60)."""
+    """The DHCP client that sends such options; some send their own name, as option 60."""
     wanted = options.get(55, b"")
     if options.get(60):
         return clean(options[60])
@@ -175,8 +170,6 @@ def dhcp_client(options: Dict[int, bytes]) -> str:
         return "NetworkManager"
     return "dhclient" if wanted.startswith(b"\x01\x1c\x02") else "an unknown client"
 
-
-# The console.
 
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[PX^_].*?\x1b\\|.)")
 
@@ -194,27 +187,31 @@ def clean(text: Any) -> str:
 class Image(NamedTuple):
     """A disk image, which is only ever read."""
 
-    options: str  # that have QEMU open it
+    options: str  # for QEMU to open it
     size: int  # bytes, of the disk
     format: str
 
 
 def inspect(path: Path) -> Image:
     """What QEMU makes of the file at PATH; raises VMError if it is not a disk."""
-    footer = read_footer(path)
-    options = "file.filename=" + str(path.resolve()).replace(",", ",,")
-    if footer.startswith(b"conectix"):  # qemu-img takes a VHD of fixed size for a raw image
-        # Azure goes by the size that the footer states, QEMU by its geometry, which is smaller.
-        options = f"driver=vpc,force_size_calc=current_size,{options}"
+
+    def info(*words: str) -> Any:
+        return json.loads(run("qemu-img", "info", "--force-share", "--output=json", *words))
+
+    if read_footer(path).startswith(b"conectix"):
+        # qemu-img takes a VHD of fixed size for a raw image. Azure goes by the size that the
+        # footer states, QEMU by its geometry, which is smaller.
+        driver = "vpc,force_size_calc=current_size"
     else:
-        found = run("qemu-img", "info", "--force-share", "--output=json", str(path.resolve()))
-        options = f"driver={json.loads(found)['format']},{options}"
-    found = run("qemu-img", "info", "--force-share", "--output=json", "--image-opts", options)
-    return Image(options, json.loads(found)["virtual-size"], json.loads(found)["format"])
+        driver = info(str(path.resolve()))["format"]
+    filename = str(path.resolve()).replace(",", ",,")
+    options = f"driver={driver},file.filename={filename}"
+    found = info("--image-opts", options)
+    return Image(options, found["virtual-size"], found["format"])
 
 
 def read_footer(path: Path) -> bytes:
-    """The last sector of the file at PATH; raises VMError if it is not a file with one."""
+    """The last sector of the file at PATH; raises VMError if it does not have one."""
     try:
         kind = path.stat().st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
@@ -230,35 +227,37 @@ def read_footer(path: Path) -> bytes:
     return footer
 
 
+def split_options(options: str) -> List[str]:
+    """The single options in a list for QEMU, where a comma in a value is doubled."""
+    return [option.replace("\0", ",,") for option in options.replace(",,", "\0").split(",")]
+
+
 def run(*command: str) -> str:
-    """The output of a command that succeeds; raises VMError with its last line if it fails."""
+    """The output of a command; raises VMError with its last line if it fails."""
     try:
-        process = subprocess.Popen(
+        process = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            universal_newlines=True,
             encoding="utf-8",
             errors="replace",
             start_new_session=True,  # Ctrl-C is for us alone
         )
     except OSError as error:
         raise VMError(f"{command[0]}: {error.strerror}") from None
-    output, errors = process.communicate()
     if process.returncode:
-        raise VMError(clean((errors.strip() or command[0]).splitlines()[-1]))
-    return output
+        raise VMError(clean((process.stderr.strip() or command[0]).splitlines()[-1]))
+    return process.stdout
 
 
 # The VM.
 
 CPU = {"kvm": ("-accel", "kvm", "-cpu", "host"), "tcg": ("-accel", "tcg", "-cpu", "max")}
-FLASH = "if=pflash,format=raw,readonly=on,file="
 
 
 class Setup(NamedTuple):
-    """How this machine is to run a VM."""
+    """How this machine runs a VM."""
 
     generation: int = 1
     accelerator: str = "tcg"  # or "kvm"
@@ -270,8 +269,8 @@ class Setup(NamedTuple):
 class VM:
     """One of the VMs that Azure would create from an image: its identity, its Azure, its disk.
 
-    A context manager; at its end nothing of it is left. LISTENER is called, from any thread, with
-    the time, the source ("Azure", "DHCP", "console", "VM") and the text of what happens.
+    A context manager, which leaves nothing behind. LISTENER is called, from any thread, with the
+    time, the source ("Azure", "DHCP", "console", "VM") and the text of each event.
     """
 
     def __init__(
@@ -286,34 +285,32 @@ class VM:
         self.image = inspect(image)
         self.uuid = str(uuid.uuid4())
         self.mac = f"00:0d:3a:00:00:{number + 1:02x}"  # one of Microsoft's
-        self._undo = contextlib.ExitStack()
-        self.directory = Path(tempfile.mkdtemp(prefix="azure-vm-"))
-        self._undo.callback(shutil.rmtree, str(self.directory), ignore_errors=True)
-        with contextlib.ExitStack() as failed:
-            failed.callback(self._undo.close)
+        self.names = (f"{name}_{number}", f"{name}{number:06}")  # as in a scale set
+
+    def __enter__(self) -> "VM":
+        with contextlib.ExitStack() as undo:
+            directory = tempfile.TemporaryDirectory(prefix="azure-vm-")
+            self.directory = Path(undo.enter_context(directory))
             run("qemu-img", "create", "-q", "-f", "qcow2", self.path("disk"), str(self.image.size))
             Path(self.path("relay.py")).write_text(RELAY)
             self.azure = FakeAzure(
                 (WIRESERVER, 80), (IMDS, 80), listen=lambda address: Door(self.directory, address)
             )
-            failed.pop_all()
-        # The names of an instance of a scale set.
-        self.azure.vm_name, self.azure.computer_name = f"{name}_{number}", f"{name}{number:06}"
-        self.azure.vm_id = self.uuid
-        self.azure.mac_address = self.mac.replace(":", "").upper()
-        self._undo.enter_context(self.azure)
-
-    def path(self, name: str) -> str:
-        return str(self.directory / name)
-
-    def __enter__(self) -> "VM":
+            self.azure.vm_name, self.azure.computer_name = self.names
+            self.azure.vm_id = self.uuid
+            self.azure.mac_address = self.mac.replace(":", "").upper()
+            undo.enter_context(self.azure)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *args: Any) -> None:
         self._undo.close()
 
+    def path(self, name: str) -> str:
+        return str(self.directory / name)
+
     def boot(self) -> "Boot":
-        """Turn the power on; the block of this context manager ends with a power cut."""
+        """Turn the power on; at the end of this context manager it is cut."""
         return Boot(self)
 
     def command(self, console: int, packets: int) -> List[str]:
@@ -324,67 +321,61 @@ class VM:
         forward = "".join(
             f",guestfwd=tcp:{address}:80-cmd:{relay} {address}" for address in (WIRESERVER, IMDS)
         )
-        machine = "pc" if setup.generation == 1 else "q35"
+        flash = f"if=pflash,format=raw,readonly=on,file={setup.firmware}"
+        backing = ",".join(f"backing.{option}" for option in split_options(self.image.options))
+        disk = f"if=none,id=disk,cache=unsafe,driver=qcow2,file.filename=disk,{backing}"
         return [
             "qemu-system-x86_64",
             *("-nodefaults", "-no-user-config", "-display", "none", "-device", "VGA"),
             *CPU[setup.accelerator],
-            *("-machine", machine, "-m", str(setup.memory)),
-            *(("-drive", FLASH + setup.firmware) if setup.generation == 2 else ()),
+            *("-machine", "pc" if setup.generation == 1 else "q35", "-m", str(setup.memory)),
+            *(("-drive", flash) if setup.generation == 2 else ()),
             *("-uuid", self.uuid, "-smbios", f"type=3,asset={AZURE_CHASSIS_ASSET_TAG}"),
             *("-chardev", "stdio,id=monitor,signal=off", "-mon", "monitor,mode=control"),
             *("-chardev", f"file,id=console,path=/dev/fd/{console}", "-serial", "chardev:console"),
             *("-netdev", f"user,id=net,{NETWORK}{forward}"),
             *("-device", f"virtio-net-pci,netdev=net,mac={self.mac},romfile="),
             *("-object", f"filter-dump,id=dump,netdev=net,file=/dev/fd/{packets}"),
-            "-drive",
-            "if=none,id=disk,cache=unsafe,driver=qcow2,file.filename=disk,"
-            + ",".join(f"backing.{option}" for option in split_options(self.image.options)),
-            *("-device", "virtio-blk-pci,drive=disk,bootindex=0"),
+            *("-drive", disk, "-device", "virtio-blk-pci,drive=disk,bootindex=0"),
         ]
 
 
-def split_options(options: str) -> List[str]:
-    """The options of a list for QEMU, where a comma in a value is doubled."""
-    return [option.replace("\0", ",,") for option in options.replace(",,", "\0").split(",")]
-
-
 class Boot:
-    """A VM from power-on to power-off, and what it did so far."""
+    """A VM from power-on to power-off, and what it has done so far."""
 
     def __init__(self, vm: VM) -> None:
         self.vm = vm
-        self.errors = Path(vm.path("errors"))  # what QEMU complained of
         self.requests: List[Request] = []  # to Azure
+        self.dhcp: List[DhcpRequest] = []
         self.lines: List[str] = []  # of the console, without control characters
+        self.panic = ""  # the line of a kernel panic
         self.prompt_time = 0.0  # when the console last asked for a login; 0 if it did not
         self.seconds = 0.0  # that the power was on, once it is off
-        self.panic = ""  # the line of a kernel panic
-        self.dhcp: List[DhcpRequest] = []
         self.off = threading.Event()
-        self.resets = 0  # how often the guest rebooted itself
-        self._rest = ""  # of the console: the beginning of a line
+        self._rest = b""  # of the console: the beginning of a line
         self._changed = threading.Condition()
+        self._errors = Path(vm.path("errors"))  # of QEMU
         vm.azure.on_request = self._record
         self.started = time.monotonic()
-        pipes = [os.pipe(), os.pipe()]
-        inner = [end for _, end in pipes]
-        with contextlib.ExitStack() as started:
-            for end in inner:
-                started.callback(os.close, end)
-            self.process = subprocess.Popen(
-                vm.command(*inner),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=started.enter_context(open(str(self.errors), "wb")),
-                cwd=str(vm.directory),
-                pass_fds=inner,
-                start_new_session=True,  # Ctrl-C is for us alone
-                preexec_fn=self._before_qemu,
-            )
+        outputs, inputs = zip(os.pipe(), os.pipe())
+        try:
+            with open(str(self._errors), "wb") as errors:
+                self._process = subprocess.Popen(
+                    vm.command(*inputs),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    cwd=str(vm.directory),
+                    pass_fds=inputs,
+                    start_new_session=True,  # Ctrl-C is for us alone
+                    preexec_fn=self._before_qemu,
+                )
+        finally:
+            for descriptor in inputs:
+                os.close(descriptor)
         self._threads = [
-            threading.Thread(target=self._read_console, args=(pipes[0][0],)),
-            threading.Thread(target=self._read_packets, args=(pipes[1][0],)),
+            threading.Thread(target=self._read_console, args=(outputs[0],)),
+            threading.Thread(target=self._read_packets, args=(outputs[1],)),
             threading.Thread(target=self._read_monitor),
         ]
         for thread in self._threads:
@@ -399,70 +390,44 @@ class Boot:
         return self
 
     def __exit__(self, *args: Any) -> None:
-        self.cut_power()
-
-    # What it did.
+        """Cut the power; what the VM has written to its disk stays."""
+        self._order("quit")
+        if not self.off.wait(10):
+            self._process.kill()
+        for thread in self._threads:
+            thread.join()
+        self._process.communicate()  # closes its pipes
 
     @property
     def console(self) -> str:
-        """What it said on the serial port."""
+        """What it has said on the serial port."""
         return "\n".join([*self.lines, clean(self._rest)])
 
     def wait(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """Wait until CONDITION holds; return whether it does.
+        """Wait until CONDITION holds or the VM is off; return whether CONDITION holds.
 
-        It is looked at again whenever something happens. Waiting ends early when the VM is off.
+        It is evaluated again at each event.
         """
         with self._changed:
             self._changed.wait_for(lambda: condition() or self.off.is_set(), timeout)
             return condition()
 
-    def wait_for_change(self, timeout: float) -> None:
-        """Wait until something happens, for at most TIMEOUT seconds."""
-        with self._changed:
-            self._changed.wait(timeout)
-
-    def wait_for_console(self, text: str, timeout: float) -> None:
-        """Wait until the VM has said TEXT; raises AssertionError if it does not."""
-        if not self.wait(lambda: text in self.console, timeout):
-            raise AssertionError(f"the console does not say {text!r}:\n{self.console}")
-
-    # The power.
-
     def press_power_button(self) -> None:
         """Ask the VM to turn itself off."""
         self._order("system_powerdown")
 
-    def shut_down(self, timeout: float) -> bool:
-        """Press the power button; return whether the VM turned itself off in TIMEOUT seconds."""
-        self.press_power_button()
-        return self.wait(self.off.is_set, timeout)
-
     def check(self) -> None:
-        """Raise VMError if it was QEMU that failed, not the VM that turned itself off."""
-        if self.process.returncode:
-            errors = self.errors.read_text(encoding="utf-8", errors="replace").splitlines()
-            raise VMError(clean(errors[-1] if errors else f"QEMU: {self.process.returncode}"))
-
-    def cut_power(self) -> None:
-        """Turn the VM off at once; what it has written to its disk stays."""
-        self._order("quit")
-        if not self.off.wait(10):
-            self.process.kill()
-        for thread in self._threads:
-            thread.join()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):  # QEMU never read the last order
-                pipe.close()
+        """Raise VMError if the VM is off because QEMU failed."""
+        if self._process.returncode:
+            errors = self._errors.read_text(encoding="utf-8", errors="replace").splitlines()
+            raise VMError(clean(errors[-1] if errors else f"QEMU: {self._process.returncode}"))
 
     def _order(self, command: str) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # it is off already
-            self.process.stdin.write(b'{"execute": "%s"}\n' % command.encode("ascii"))
-            self.process.stdin.flush()
-
-    # What it says.
+        """Give QEMU a command; it may be gone already."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(b'{"execute": "%s"}\n' % command.encode("ascii"))
+            self._process.stdin.flush()
 
     def _record(self, request: Request) -> None:
         self.requests.append(request)
@@ -474,20 +439,27 @@ class Boot:
             self._changed.notify_all()
 
     def _read_console(self, descriptor: int) -> None:
-        size, decoder = 0, codecs.getincrementaldecoder("utf-8")("replace")
+        size = 0
         with open(descriptor, "rb", 0) as pipe:
             for block in iter(lambda: pipe.read(4096), b""):
                 size += len(block)
                 if size > MAX_CONSOLE:
                     continue
-                *lines, self._rest = (self._rest + decoder.decode(block)).split("\n")
+                *lines, self._rest = (self._rest + block).split(b"\n")
                 for line in lines:
-                    self.lines.append(clean(line.rstrip("\r")))
-                    if "Kernel panic" in line:
-                        self.panic = self.lines[-1]
-                    self._tell("console", self.lines[-1])
-                if self._rest.rstrip().endswith("login:"):
+                    self._add_line(line)
+                if self._rest.rstrip().endswith(b"login:"):
                     self.prompt_time = time.monotonic()
+        rest, self._rest = self._rest, b""
+        if rest:
+            self._add_line(rest)
+
+    def _add_line(self, line: bytes) -> None:
+        text = clean(line.rstrip(b"\r"))
+        self.lines.append(text)
+        if "Kernel panic" in text:
+            self.panic = text
+        self._tell("console", text)
 
     def _read_packets(self, descriptor: int) -> None:
         """Read a packet capture as it grows: https://wiki.wireshark.org/Development/LibpcapFileFormat."""
@@ -503,14 +475,12 @@ class Boot:
 
     def _read_monitor(self) -> None:
         """Read QEMU's events; the stream ends with QEMU."""
-        assert self.process.stdout is not None
+        assert self._process.stdout is not None
         self._order("qmp_capabilities")
-        for line in self.process.stdout:
-            event = json.loads(line.decode("utf-8")).get("event")
-            if event == "RESET":
-                self.resets += 1
+        for line in self._process.stdout:
+            if json.loads(line.decode("utf-8")).get("event") == "RESET":
                 self._tell("VM", "reset")
-        self.process.wait()
+        self._process.wait()
         self.seconds = time.monotonic() - self.started
         self.off.set()
         self._tell("VM", "off")

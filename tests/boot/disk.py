@@ -1,11 +1,9 @@
 """Disks that boot by themselves, with their own boot loader and kernel, made from an image's tree.
 
-A disk needs root only where its tree does (to build and copy it): the partitions and file systems
-are written straight into the file.
+The partitions and file systems are written into a file: only building the tree needs root.
 """
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Sequence
 
@@ -29,23 +27,16 @@ PACKAGES = ("systemd", "systemd-sysv", "dbus", "libpam-systemd", "iproute2")
 KERNEL = ("linux-image-cloud-amd64", "systemd-boot-efi")
 
 MIB = 1024 * 1024  # bytes
-BOOT_START, BOOT_SIZE = 1, 63  # MiB
-ROOT_START = BOOT_START + BOOT_SIZE
 DISK_SIZE = 1024  # MiB, most of it a hole
-GAP = 1  # MiB at the end, for the second copy of a GPT
+BOOT_START, ROOT_START = 1, 64  # MiB
+ROOT_SIZE = DISK_SIZE - ROOT_START - 1  # MiB; the last one is for the second copy of a GPT
 
-# Everything speaks on the serial port, which is Azure's boot diagnostics.
+# The kernel's messages go to the serial port, which is Azure's boot diagnostics.
 # Under emulation on a busy machine, the check of the timer can end in a panic.
 COMMAND_LINE = "root=LABEL=root {mode} console=ttyS0 no_timer_check"
 
 # systemd-networkd as images have it: whatever the interface is called, with IPv6 link-local on.
-NETWORKD = """\
-[Match]
-Name=en* eth*
-
-[Network]
-DHCP=ipv4
-"""
+NETWORKD = "[Match]\nName=en* eth*\n\n[Network]\nDHCP=ipv4\n"
 
 # The addresses of a unified kernel image's sections, as systemd's ukify once had them.
 SECTIONS = {".osrel": 0x20000, ".cmdline": 0x30000, ".linux": 0x2000000, ".initrd": 0x4000000}
@@ -101,44 +92,39 @@ class Tree:
         disk = self.directory / f"generation-{generation}.raw"
         with open(str(disk), "wb") as file:
             file.truncate(DISK_SIZE * MIB)
-        command_line = COMMAND_LINE.format(mode=mode)
         make_bootable = make_bios_disk if generation == 1 else make_efi_disk
-        make_bootable(disk, self.root, command_line)
+        make_bootable(disk, self.root, COMMAND_LINE.format(mode=mode))
         offset = f"offset={ROOT_START * MIB}"
         options = ("-q", "-F", "-t", "ext4", "-L", "root", "-E", offset, "-d", self.root)
-        command("mke2fs", *options, disk, f"{DISK_SIZE - ROOT_START - GAP}M")
+        command("mke2fs", *options, disk, f"{ROOT_SIZE}M")
         return disk
 
     def remove(self) -> None:
         shutil.rmtree(str(self.directory), ignore_errors=True)
 
 
-def partition(disk: Path, table: str) -> None:
-    """Give DISK a partition to boot from, with an empty FAT, and one for the root."""
-    sizes = {"boot": f"{BOOT_SIZE}MiB", "root": f"{DISK_SIZE - ROOT_START - GAP}MiB"}
-    subprocess.run(
-        [which("sfdisk") or "sfdisk", "--quiet", str(disk)],
-        input=table.format(start=f"{BOOT_START}MiB", **sizes),
-        universal_newlines=True,
-        check=True,
-    )
+def partition(disk: Path, label: str, boot: str) -> None:
+    """Give DISK a partition of kind BOOT, with an empty FAT, and one for the root."""
+    size = ROOT_START - BOOT_START
+    table = f"label: {label}\nstart={BOOT_START}MiB, size={size}MiB, {boot}\nsize={ROOT_SIZE}MiB\n"
+    command("sh", "-c", 'printf %s "$1" | sfdisk --quiet "$2"', "sh", table, disk)
     start = BOOT_START * MIB // 512  # sectors
-    command("mkfs.vfat", "-F", 16, f"--offset={start}", "-h", start, disk, BOOT_SIZE * 1024)
+    command("mkfs.vfat", "-F", 16, f"--offset={start}", "-h", start, disk, size * 1024)
 
 
-def copy(disk: Path, file: Path, name: str) -> None:
-    """Copy FILE to the boot partition of DISK."""
-    # mtools would refuse a geometry that is not a multiple of whole tracks.
-    command("mcopy", "-i", f"{disk}@@{BOOT_START}M", file, f"::{name}", MTOOLS_SKIP_CHECK=1)
+def mtools(tool: str, disk: Path, *words: object) -> None:
+    """Use a tool of mtools on the boot partition of DISK."""
+    # It would refuse a geometry that is not a multiple of whole tracks.
+    command(tool, "-i", f"{disk}@@{BOOT_START}M", *words, MTOOLS_SKIP_CHECK=1)
 
 
 def make_bios_disk(disk: Path, root: Path, command_line: str) -> None:
     """Generation 1: syslinux, in an active partition."""
-    partition(disk, "label: dos\nstart={start}, size={boot}, type=c, bootable\nsize={root}\n")
+    partition(disk, "dos", "type=c, bootable")
     configuration = disk.with_name("syslinux.cfg")
     configuration.write_text(f"DEFAULT vmlinuz initrd=initrd.img {command_line}\n")
     for file in (configuration, root / "vmlinuz", root / "initrd.img"):
-        copy(disk, file.resolve(), file.name)
+        mtools("mcopy", disk, file.resolve(), f"::{file.name}")
     command("syslinux", "--install", f"--offset={BOOT_START * MIB}", disk)
     with open(str(disk), "r+b") as sectors:
         sectors.write(MBR_CODE.read_bytes())
@@ -146,7 +132,7 @@ def make_bios_disk(disk: Path, root: Path, command_line: str) -> None:
 
 def make_efi_disk(disk: Path, root: Path, command_line: str) -> None:
     """Generation 2: a unified kernel image where every firmware looks for a boot loader."""
-    partition(disk, "label: gpt\nstart={start}, size={boot}, type=uefi\nsize={root}\n")
+    partition(disk, "gpt", "type=uefi")
     parameters = disk.with_name("cmdline")
     parameters.write_text(command_line)
     parts = (root / "usr/lib/os-release", parameters, root / "vmlinuz", root / "initrd.img")
@@ -156,6 +142,5 @@ def make_efi_disk(disk: Path, root: Path, command_line: str) -> None:
         options += [f"--change-section-vma={section}={address:#x}"]
     kernel = disk.with_name("bootx64.efi")
     command("objcopy", *options, root / EFI_STUB, kernel)
-    for directory in ("EFI", "EFI/BOOT"):
-        command("mmd", "-i", f"{disk}@@{BOOT_START}M", f"::{directory}", MTOOLS_SKIP_CHECK=1)
-    copy(disk, kernel, "EFI/BOOT/BOOTX64.EFI")
+    mtools("mmd", disk, "::EFI", "::EFI/BOOT")
+    mtools("mcopy", disk, kernel, "::EFI/BOOT/BOOTX64.EFI")
