@@ -7,85 +7,111 @@ import shutil
 import signal
 import subprocess
 import sys
+import unittest
 from pathlib import Path
-from typing import Any, Callable, List, Optional
+from typing import Any, List, Optional, Sequence
 
 CACHE = Path(os.environ.get("BOOT_CACHE", "/var/cache/azure-provision-boot"))
 RUN = CACHE / "run"  # what a run makes, each part named after its process
-PREFIX = "azboot"  # of network namespaces and interfaces; an interface has 15 characters at most
+PREFIX = "azboot-"  # of network namespaces
+PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+TOOLS = {  # and their packages in Debian
+    "systemd-nspawn": "systemd-container",
+    "mmdebstrap": "mmdebstrap",
+    "ip": "iproute2",
+    "dnsmasq": "dnsmasq-base",
+}
 
 
 def missing() -> List[str]:
     """What the boot tests need and this machine does not have."""
-    tools = {"systemd-nspawn": "systemd-container", "mmdebstrap": "mmdebstrap"}
-    tools.update({"ip": "iproute2", "dnsmasq": "dnsmasq-base"})
-    absent = [f"{tool} ({tools[tool]})" for tool in tools if which(tool) is None]
+    absent = [f"{tool} ({package})" for tool, package in TOOLS.items() if which(tool) is None]
     return absent if os.geteuid() == 0 else ["root", *absent]
 
 
+def skip_if(absent: Sequence[str]) -> None:
+    """Skip the tests if anything is missing."""
+    if absent:
+        raise unittest.SkipTest(f"a boot needs {', '.join(absent)}")
+
+
+def note(text: str) -> None:
+    """Add TEXT to the file that BOOT_FIGURES names, if it names one."""
+    path = os.environ.get("BOOT_FIGURES")
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            print(text, file=file)
+
+
 def which(tool: str) -> Optional[str]:
-    return shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    return shutil.which(tool, path=PATH)
 
 
-def command(*words: Any, cwd: Optional[Path] = None, **environment: Any) -> str:
-    """The output of a command that succeeds; raises CalledProcessError with its errors."""
-    path = {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin", "LC_ALL": "C.UTF-8"}
-    process = subprocess.run(
+def attempt(
+    *words: Any, cwd: Optional[Path] = None, stderr: int = subprocess.STDOUT, **environment: Any
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end, whatever its status; its errors are part of its output."""
+    settings = dict(environment, PATH=PATH, LC_ALL="C.UTF-8")
+    return subprocess.run(
         [str(word) for word in words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
+        stderr=stderr,
+        encoding="utf-8",
+        errors="replace",
         cwd=str(cwd) if cwd else None,
-        env=dict(os.environ, **path, **{name: str(v) for name, v in environment.items()}),
+        env=dict(os.environ, **{name: str(value) for name, value in settings.items()}),
     )
-    if process.returncode:
-        raise RuntimeError(f"{words}: status {process.returncode}: {process.stderr[-2000:]}")
-    return process.stdout
 
 
-# Everything that a run makes, removed at its end, or by the next run if this one is killed.
-
-_numbers = itertools.count(1)
-_undo: List[Callable[[], Any]] = []
-
-
-def number() -> int:
-    """A number that no other part of this run has."""
-    return next(_numbers)
+def command(*words: Any, **options: Any) -> str:
+    """The output of a command that succeeds; raises RuntimeError with its errors."""
+    done = attempt(*words, stderr=subprocess.PIPE, **options)
+    if done.returncode:
+        raise RuntimeError(f"{words}: status {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
 
 
-def undo_at_exit(action: Callable[[], Any]) -> None:
-    """Have ACTION done at the end of this process, if nothing does it before."""
-    if not _undo:
-        atexit.register(clean_up)
+# What a run makes is named after its process, and removed when that ends, or by the next run.
+
+_numbers = itertools.count()
+
+
+def new_name() -> str:
+    """A name with the number of this process."""
+    number = next(_numbers)
+    if number == 0:
+        sweep()
+        atexit.register(sweep)
         for name in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(name, lambda number, frame: sys.exit(128 + number))
-        sweep()
-    _undo.append(action)
+    return f"{os.getpid()}-{number}"
 
 
-def clean_up() -> None:
-    """Undo all that is still there, the newest first."""
-    while _undo:
-        _undo.pop()()
+def new_directory() -> Path:
+    """A directory that anybody can read."""
+    directory = RUN / new_name()
+    directory.mkdir(parents=True)
+    return directory
 
 
 def sweep() -> None:
-    """Remove what runs left behind that were killed."""
+    """Remove what is named after this process, or after one that is gone."""
+
+    def is_left(name: str) -> bool:
+        process = name.split("-")[0]
+        return process == str(os.getpid()) or not Path("/proc", process).exists()
+
     for entry in command("ip", "netns", "list").split():
-        if entry.startswith(PREFIX) and not Path("/proc", entry.split("-")[1]).exists():
+        if entry.startswith(PREFIX) and is_left(entry[len(PREFIX) :]):
             command("ip", "netns", "delete", entry)
     for directory in RUN.glob("*-*"):
-        if not Path("/proc", directory.name.split("-")[0]).exists():
+        if is_left(directory.name):
             remove_tree(directory)
 
 
 def remove_tree(directory: Path) -> None:
-    """Remove the copy of an image."""
-    subprocess.call(
-        ["umount", "--lazy", str(directory / "root")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    """Remove a directory, and the root that may be mounted there."""
+    attempt("umount", "--lazy", directory / "root")
     shutil.rmtree(str(directory), ignore_errors=True)

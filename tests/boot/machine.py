@@ -7,16 +7,15 @@ import json
 import os
 import pty
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import unittest
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, List, Sequence
 
 from azure_provision import AZURE_CHASSIS_ASSET_TAG, CHASSIS_ASSET_TAG_FILE, UNIT, WIRESERVER
-from tests.boot.host import CACHE, RUN, command, missing, number, remove_tree, undo_at_exit
+from tests.boot.host import CACHE, command, missing, new_directory, note, remove_tree, skip_if
 from tests.boot.network import HOST_INTERFACE, Namespace
 from tests.harness import INSTALLER
 
@@ -47,48 +46,35 @@ Name={HOST_INTERFACE}
 DHCP=%s
 """
 
-# Ordered after everything else: tells how the boot went, and ends it at once.
-REPORT_UNIT = f"""\
+# A script of the tests, which says on the console what it finds.
+SERVICE = """\
 [Unit]
-After=multi-user.target {UNIT}
+After={after}
+Before={before}
 
 [Service]
 Type=oneshot
-ExecStart=/bin/sh /report/script
+ExecStart=/bin/bash /usr/local/{name}
+SyslogIdentifier={name}
+StandardOutput=journal+console
 
 [Install]
-WantedBy=graphical.target
+WantedBy=multi-user.target
 """
-REPORT_SCRIPT = f"""\
+# Tells how the boot went, and ends it at once.
+REPORT = f"""\
 cd /report
 uname -n >hostname
 cat /etc/hostname >etc-hostname
 ip -4 -brief address show >addresses
 systemctl is-enabled {UNIT} >enabled
 systemctl show {UNIT} >unit
-systemctl --version >systemd
-python3 --version >python 2>&1
 journalctl --sync
 journalctl -b -o json --all >journal
 touch complete
 systemctl --force --force poweroff
 """
-
-
-# Ordered after the unit and nothing else, and needs the network at once.
-NEXT_UNIT = f"""\
-[Unit]
-After={UNIT}
-
-[Service]
-Type=oneshot
-ExecStart=/bin/bash -c 'exec 3<>/dev/tcp/{WIRESERVER}/80 && echo connected'
-StandardOutput=file:/report/next
-StandardError=file:/report/next
-
-[Install]
-WantedBy=multi-user.target
-"""
+CONNECTED = "the next unit has its network"
 
 
 # Images, built once.
@@ -109,127 +95,79 @@ def image(variant: str, suite: str = SUITE, others: Sequence[str] = ()) -> Path:
             print(f"building {directory}", file=sys.stderr, flush=True)
             unfinished = CACHE / "unfinished"
             shutil.rmtree(str(unfinished), ignore_errors=True)
-            command(
-                "mmdebstrap",
-                "--quiet",
-                "--variant=minbase",
-                f"--include={packages}",
-                '--aptopt=Acquire::Check-Valid-Until "false"',
-                suite,
-                unfinished,
-                *(mirror() if suite != host_suite() else []),
-            )
+            options = ("--quiet", "--variant=minbase", f"--include={packages}")
+            old = '--aptopt=Acquire::Check-Valid-Until "false"'
+            command("mmdebstrap", *options, old, suite, unfinished, *mirror())
             unfinished.rename(directory)
     return directory
 
 
-def host_suite() -> str:
-    """The suite of this machine, for which mmdebstrap takes this machine's own sources."""
-    for line in Path("/etc/os-release").read_text().splitlines():
-        if line.startswith("VERSION_CODENAME="):
-            return line.split("=")[1].strip('"')
-    return ""
-
-
 def mirror() -> List[str]:
     """The first Debian mirror of this machine's apt, if it has one."""
-    for line in command("apt-get", "indextargets", "--format", "$(REPO_URI)").splitlines():
-        if "debian" in line and "security" not in line:
-            return [line]
-    return []
+    uris = command("apt-get", "indextargets", "--format", "$(REPO_URI)", "Label: Debian")
+    return uris.split()[:1]
+
+
+# What a test puts into an image, whose root is a directory.
+
+
+def write(root: Path, path: str, text: str, mode: int = 0o644) -> None:
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    file.chmod(mode)
+
+
+def add_service(root: Path, name: str, script: str, after: str = UNIT, before: str = "") -> None:
+    """Have SCRIPT run at each boot, after the unit unless AFTER says otherwise."""
+    service = SERVICE.format(name=name, after=after, before=before)
+    write(root, f"usr/local/{name}", script)
+    write(root, f"etc/systemd/system/{name}.service", service)
+    enable(root, f"{name}.service")
+
+
+def enable(root: Path, unit: str) -> None:
+    command("systemctl", f"--root={root}", "--quiet", "enable", unit)
+
+
+def add_next_service(root: Path) -> None:
+    """Add what is ordered after the unit and needs the network at once."""
+    add_service(root, "next", f"exec 3<>/dev/tcp/{WIRESERVER}/80 && echo {CONNECTED}")
 
 
 # The machine.
-
-
-def children(process: int) -> List[int]:
-    """The child processes of a process: proc_pid_task(5)."""
-    try:
-        return [
-            int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()
-        ]
-    except OSError:  # it has ended
-        return []
-
-
-class Boot:
-    """How one boot went."""
-
-    def __init__(self, report: Path, console: str) -> None:
-        self.console = console
-        self.files = {
-            path.name: path.read_text(encoding="utf-8", errors="replace")
-            for path in report.iterdir()
-            if path.is_file()
-        }
-        self.journal: List[Dict[str, Any]] = [
-            json.loads(line) for line in self.files.get("journal", "").splitlines()
-        ]
-        self.unit = dict(
-            line.split("=", 1) for line in self.files.get("unit", "").splitlines() if "=" in line
-        )
-        self.hostname = self.files.get("hostname", "").strip()
-        self.etc_hostname = self.files.get("etc-hostname", "").strip()
-        self.enabled = self.files.get("enabled", "").strip()
-        self.next = self.files.get("next", "").strip()  # what the next unit met
-
-    @property
-    def entries(self) -> List[Dict[str, Any]]:
-        """The journal's entries that the script wrote."""
-        return [e for e in self.journal if e.get("SYSLOG_IDENTIFIER") == "azure-provisioning"]
-
-    @property
-    def lines(self) -> List[str]:
-        """The script's own lines, each with its priority in front: "<6>Response: 200 OK"."""
-        return ["<{PRIORITY}>{MESSAGE}".format(**entry) for entry in self.entries]
-
-    def seconds(self, name: str) -> float:
-        """A monotonic time stamp of the unit, in seconds: "ExecMainStart", "ActiveEnter"."""
-        return int(self.unit[f"{name}TimestampMonotonic"]) / 1e6
-
-    def __str__(self) -> str:
-        return "\n".join([*self.lines, self.files.get("enabled", "no report"), self.console])
 
 
 class Machine:
     """A copy of an image, with the unit installed by install.sh, and how to boot it."""
 
     def __init__(self, variant: str = "plain", install: bool = True) -> None:
-        original = image(variant)
-        self.directory = RUN / f"{os.getpid()}-{number()}"
+        self.directory = new_directory()
         self.root = self.directory / "root"
-        undo_at_exit(self.remove)
+        self.report = self.directory / "report"
+        self.options: List[str] = []  # of systemd-nspawn
         for name in ("upper", "work", "root", "report"):
-            (self.directory / name).mkdir(parents=True)
+            (self.directory / name).mkdir()
         # Short names, since systemd reads the kernel's list of mounts more than a hundred times for
         # a sandbox; each line of it names these.
-        (self.directory / "image").symlink_to(original)
+        (self.directory / "image").symlink_to(image(variant))
         layers = "lowerdir=image,upperdir=upper,workdir=work"
         command("mount", "-t", "overlay", "-o", layers, "overlay", "root", cwd=self.directory)
         (self.root / "report").mkdir()
         self.write("etc/hostname", "golden-image\n")
-        self.write("etc/systemd/system/boot-report.service", REPORT_UNIT)
-        self.enable("boot-report.service")
-        command("systemctl", f"--root={self.root}", "--quiet", "set-default", "graphical.target")
-        self.options: List[str] = []
+        add_service(self.root, "report", REPORT, after=f"multi-user.target {UNIT}")
         self.asset_tag(AZURE_CHASSIS_ASSET_TAG)
         if install:
             command(INSTALLER, DESTDIR=self.root)
 
     def remove(self) -> None:
-        if self.directory.exists():
-            remove_tree(self.directory)
+        remove_tree(self.directory)
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
-        """Write a file of the machine."""
-        file = self.root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-        file.chmod(mode)
+        write(self.root, path, text, mode)
 
     def enable(self, unit: str) -> None:
-        """Have it start UNIT when it boots."""
-        command("systemctl", f"--root={self.root}", "--quiet", "enable", unit)
+        enable(self.root, unit)
 
     def use_networkd(self, dhcp: str = "ipv4") -> None:
         """Have systemd-networkd ask for an address at the cable."""
@@ -238,108 +176,109 @@ class Machine:
 
     def asset_tag(self, tag: str) -> None:
         """Have its firmware say TAG."""
+        sys = self.directory / "sys"
+        write(sys, "dmi/id/chassis_asset_tag", tag + "\n")
+        self.sys: List[str] = []
         if Path(CHASSIS_ASSET_TAG_FILE).exists():
-            file = self.directory / "tag"
-            file.write_text(tag + "\n")
-            self.sys = [f"--bind-ro={file}:{CHASSIS_ASSET_TAG_FILE}"]
-            return
-        self.sys = []
-        if tag != AZURE_CHASSIS_ASSET_TAG:  # this machine has no DMI to put it over
-            file = self.directory / "sys" / "dmi" / "id" / "chassis_asset_tag"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(tag + "\n")
-            self.sys = [f"--bind-ro={self.directory}/sys:/sys/class"]
+            self.sys = [f"--bind-ro={sys}/dmi/id/chassis_asset_tag:{CHASSIS_ASSET_TAG_FILE}"]
+        elif tag != AZURE_CHASSIS_ASSET_TAG:  # this machine has no DMI to put it over
+            self.sys = [f"--bind-ro={sys}:/sys/class"]
 
-    @contextlib.contextmanager
-    def start(self, network: Namespace) -> Iterator["Console"]:
-        """Boot it; the machine is killed at the end of the block, as by a power cut."""
-        report = self.directory / "report"
-        shutil.rmtree(str(report))
-        report.mkdir()
-        (report / "script").write_text(REPORT_SCRIPT)
+    def start(self, network: Namespace) -> "Boot":
+        """Turn the power on; the block of this context manager ends with a power cut."""
+        for file in self.report.iterdir():
+            file.unlink()
+        command = [
+            *("systemd-nspawn", "--quiet", f"--directory={self.root}", "--boot"),
+            f"--network-namespace-path={network.path}",
+            *("--console=interactive", "--register=no", "--keep-unit"),
+            "--kill-signal=SIGKILL",  # that its PID 1 gets when systemd-nspawn is terminated
+            *("--capability=CAP_NET_ADMIN,CAP_NET_RAW", f"--bind={self.report}:/report"),
+            *self.sys,
+            *self.options,
+        ]
+        return Boot(command, self.report)
+
+    def boot(self, network: Namespace) -> "Boot":
+        """Boot it and wait until it has powered itself off."""
+        with self.start(network) as boot:
+            boot.finish()
+            return boot
+
+
+class Boot:
+    """One boot: the console while it runs, and how it went once it has finished."""
+
+    def __init__(self, command: List[str], report: Path) -> None:
+        self.report = report
+        self.console = ""
+        self._off = False
+        self._changed = threading.Condition()
         # A terminal, since systemd writes "journal+console" to nothing else.
         terminal, inner = pty.openpty()
-        process = subprocess.Popen(
-            [
-                "systemd-nspawn",
-                "--quiet",
-                "--directory",
-                str(self.root),
-                "--boot",
-                f"--network-namespace-path=/run/netns/{network.name}",
-                "--console=interactive",
-                "--register=no",
-                "--keep-unit",
-                "--capability=CAP_NET_ADMIN,CAP_NET_RAW",
-                f"--bind={report}:/report",
-                *self.sys,
-                *self.options,
-            ],
-            stdin=inner,
-            stdout=inner,
-            stderr=inner,
-            env=dict(os.environ, SYSTEMD_NSPAWN_UNIFIED_HIERARCHY="1"),
-        )
+        env = dict(os.environ, SYSTEMD_NSPAWN_UNIFIED_HIERARCHY="1")
+        self._process = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=env)
         os.close(inner)
-        console = Console(process, terminal, report)
-        try:
-            yield console
-        finally:
-            # Its PID 1, with which all its processes die; they would survive systemd-nspawn.
-            for child in children(process.pid):
-                os.kill(child, signal.SIGKILL)
-            process.kill()
-            process.wait()
-            console.thread.join()
+        self._thread = threading.Thread(target=self._read_console, args=(terminal,))
+        self._thread.start()
 
-    def boot(self, network: Namespace, timeout: float = 60) -> Boot:
-        """Boot it and wait until it has powered itself off."""
-        with self.start(network) as console:
-            return console.finish(timeout)
+    def __enter__(self) -> "Boot":
+        return self
 
+    def __exit__(self, *args: Any) -> None:
+        self._process.terminate()
+        self._process.wait()
+        self._thread.join()
 
-class Console:
-    """The console of a machine that runs."""
+    def _read_console(self, terminal: int) -> None:
+        with open(terminal, "rb", 0) as file, contextlib.suppress(OSError):
+            # It ends with EIO when nobody holds the other end any more.
+            for output in iter(lambda: file.read(65536), b""):
+                with self._changed:
+                    self.console += output.decode("utf-8", "replace")
+                    self._changed.notify_all()
+        with self._changed:
+            self._off = True
+            self._changed.notify_all()
 
-    def __init__(self, process: "subprocess.Popen[bytes]", terminal: int, report: Path) -> None:
-        self.process = process
-        self._terminal = terminal
-        self.report = report
-        self.text = ""
-        self._grown = threading.Condition()
-        self.thread = threading.Thread(target=self._read)
-        self.thread.start()
-
-    def _read(self) -> None:
-        while True:
-            try:
-                output = os.read(self._terminal, 65536)
-            except OSError:  # EIO: nobody holds the other end any more
-                output = b""
-            with self._grown:
-                self.text += output.decode("utf-8", "replace") or "\n(the machine is off)\n"
-                self._grown.notify_all()
-            if not output:
-                os.close(self._terminal)
-                return
-
-    def wait_for(self, text: str, timeout: float = 30) -> None:
+    def wait_for_console(self, text: str, timeout: float = 30) -> None:
         """Wait until the machine has said TEXT; raises AssertionError if it does not."""
-        with self._grown:
-            off = "(the machine is off)"
-            self._grown.wait_for(lambda: text in self.text or off in self.text, timeout)
-            if text not in self.text:
-                raise AssertionError(f"the console does not say {text!r}:\n{self.text}")
+        with self._changed:
+            self._changed.wait_for(lambda: text in self.console or self._off, timeout)
+            if text not in self.console:
+                raise AssertionError(f"the console does not say {text!r}:\n{self.console}")
 
-    def finish(self, timeout: float = 60) -> Boot:
+    def finish(self, timeout: float = 60) -> None:
         """Wait until the machine has told how the boot went and has powered itself off."""
         try:
-            self.process.wait(timeout)
+            self._process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the boot does not end:\n{self.text}") from None
+            raise AssertionError(f"the boot does not end:\n{self.console}") from None
         if not (self.report / "complete").exists():
-            raise AssertionError(f"the machine ended early:\n{self.text}")
-        return Boot(self.report, self.text)
+            raise AssertionError(f"the machine ended early:\n{self.console}")
+        self.hostname, self.etc_hostname, self.addresses, self.enabled, unit, journal = (
+            (self.report / name).read_text(encoding="utf-8", errors="replace").strip()
+            for name in ("hostname", "etc-hostname", "addresses", "enabled", "unit", "journal")
+        )
+        self.unit = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
+        self.journal: List[Dict[str, Any]] = [json.loads(line) for line in journal.splitlines()]
+
+    def messages(self, identifier: str, form: str = "{MESSAGE}") -> List[str]:
+        """What one program wrote to the journal, each entry in the form FORM."""
+        entries = [e for e in self.journal if e.get("SYSLOG_IDENTIFIER") == identifier]
+        return [form.format(**entry) for entry in entries]
+
+    @property
+    def lines(self) -> List[str]:
+        """The script's lines, each with its priority in front: "<6>Response: 200 OK"."""
+        return self.messages("azure-provisioning", "<{PRIORITY}>{MESSAGE}")
+
+    def seconds(self, name: str) -> float:
+        """A monotonic time stamp of the unit, in seconds: "ExecMainStart", "ActiveEnter"."""
+        return int(self.unit[f"{name}TimestampMonotonic"]) / 1e6
+
+    def __str__(self) -> str:
+        return "\n".join([*self.lines, self.enabled, self.console])
 
 
 class BootTest(unittest.TestCase):
@@ -347,16 +286,18 @@ class BootTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        absent = missing()
-        if absent:
-            raise unittest.SkipTest(f"a boot needs {', '.join(absent)}")
+        skip_if(missing())
 
     def setUp(self) -> None:
-        self.network = Namespace()
-        self.addCleanup(self.network.remove)
+        self.network = self.namespace()
         self.azure = self.network.azure()
         self.azure.__enter__()
         self.addCleanup(self.azure.__exit__)
+
+    def namespace(self) -> Namespace:
+        namespace = Namespace()
+        self.addCleanup(namespace.remove)
+        return namespace
 
     def machine(self, variant: str = "plain") -> Machine:
         machine = Machine(variant)
@@ -372,8 +313,26 @@ class BootTest(unittest.TestCase):
         return self.azure.asked("health")[-1].time
 
     def figure(self, text: str) -> None:
-        """Note a figure of this test, where BOOT_FIGURES names a file for them."""
-        path = os.environ.get("BOOT_FIGURES")
-        if path:
-            with open(path, "a") as file:
-                print(f"{SUITE} {self.id().split('.', 2)[-1]}: {text}", file=file)
+        """Note a figure of this test."""
+        note(f"{SUITE} {self.id().split('.', 2)[-1]}: {text}")
+
+    def assert_line(self, boot: Boot, start: str) -> None:
+        """One of the script's lines begins with START."""
+        self.assertTrue(any(line.startswith(start) for line in boot.lines), boot)
+
+    def assert_provisioned(
+        self, boot: Boot, name: str = "web-prod-01", stored: bool = True
+    ) -> None:
+        """The unit succeeded, and the machine has its NAME; if it is not stored, for this boot."""
+        started, ended = boot.seconds("ExecMainStart"), boot.seconds("ActiveEnter")
+        self.assertEqual((boot.unit["Result"], boot.unit["ActiveState"]), ("success", "active"))
+        self.assertEqual(boot.hostname, name, boot)
+        state = (name, "disabled") if stored else ("golden-image", "enabled")
+        self.assertEqual((boot.etc_hostname, boot.enabled), state, boot)
+        self.assertTrue(self.azure.ready.is_set())
+        self.assertRegex(boot.lines[-1], f"^<6>Provisioned as {name} in ")
+        self.figure(
+            f"Ready {1000 * (self.ready_time() - started):.0f} ms and the unit's end "
+            f"{1000 * (ended - started):.0f} ms after its start, "
+            f"{len(self.azure.requests)} requests, {len(boot.lines)} lines"
+        )

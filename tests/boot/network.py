@@ -1,35 +1,33 @@
 """The networks of the boot tests: namespaces of this machine, which nothing leaves."""
 
 import ctypes
-import os
 import re
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, List, NamedTuple, TypeVar
+from typing import List, NamedTuple
 
 from azure_provision import IMDS, WIRESERVER
-from tests.boot.host import PREFIX, command, number, undo_at_exit, which
+from tests.boot.host import PREFIX, command, new_name, which
 from tests.fake_azure import Address, FakeAzure, listen
 
-T = TypeVar("T")
-
 HOST_INTERFACE = "host0"  # the machine's end of a cable
+CLONE_NEWNET = 0x40000000  # setns(2)
 
 
 class Namespace:
     """A network namespace of its own; nothing leaves it."""
 
     def __init__(self) -> None:
-        self.name = f"{PREFIX}-{os.getpid()}-{number()}"
-        undo_at_exit(self.remove)
+        self.name = PREFIX + new_name()
+        self.path = Path("/run/netns", self.name)
         command("ip", "netns", "add", self.name)
         self.ip("link", "set", "lo", "up")
 
     def remove(self) -> None:
-        if Path("/run/netns", self.name).exists():
-            command("ip", "netns", "delete", self.name)
+        command("ip", "netns", "delete", self.name)
 
     def ip(self, *words: str) -> str:
         return command("ip", "-n", self.name, *words)
@@ -39,40 +37,26 @@ class Namespace:
         for address in (WIRESERVER, IMDS):
             self.ip("address", "add", f"{address}/32", "dev", "lo")
 
-    def inside(self, action: Callable[[], T]) -> T:
-        """Do ACTION in this namespace, in a thread of its own; a socket made there stays in it."""
-        results: List[T] = []
-        failures: List[BaseException] = []
-
-        def enter() -> None:
-            try:
-                with open(f"/run/netns/{self.name}") as file:
-                    libc = ctypes.CDLL(None, use_errno=True)
-                    if libc.setns(file.fileno(), 0x40000000):  # CLONE_NEWNET: setns(2)
-                        raise OSError(ctypes.get_errno(), "setns")
-                results.append(action())
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=enter)
-        thread.start()
-        thread.join()
-        if failures:
-            raise failures[0]
-        return results[0]
+    def _enter(self) -> None:
+        """Move this thread into the namespace."""
+        with self.path.open() as file:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.setns(file.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
 
     def azure(
         self, wireserver: Address = (WIRESERVER, 80), imds: Address = (IMDS, 80)
     ) -> FakeAzure:
         """Listen at the platform's addresses here, which may come later."""
-        return FakeAzure(
-            wireserver, imds, listen=lambda address: self.inside(lambda: listen(address))
-        )
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(self._enter).result()
+            # A socket stays in the namespace that it was made in.
+            return FakeAzure(wireserver, imds, lambda at: thread.submit(listen, at).result())
 
 
 def connect(router: Namespace, host: Namespace) -> str:
     """Lay a cable between two namespaces; return the name of its router's end."""
-    cable = f"{PREFIX}{number()}"
+    cable = "cable"
     router.ip("link", "add", cable, "type", "veth", "peer", "name", HOST_INTERFACE)
     router.ip("link", "set", HOST_INTERFACE, "netns", host.name)
     router.ip("address", "add", "10.0.0.1/16", "dev", cable)
