@@ -26,7 +26,7 @@ import threading
 import time
 import uuid
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 from xml.etree import ElementTree
 
 Address = Tuple[str, int]
@@ -84,22 +84,23 @@ class Request(NamedTuple):
     reason: str  # why the platform refused it; empty if it did not
 
 
-# The answers and faults of a script. Each is called with the handler that has to answer, and
-# its status is that of the answer, or None.
+# What a script consists of: each is called with the handler that has to answer.
 
 
 class Status:
-    """Answer with any status, body and headers."""
+    """Answer with a status, a body and headers."""
+
+    reason = ""
 
     def __init__(
         self, status: int, body: Union[bytes, str] = b"", headers: Optional[Dict[str, str]] = None
     ) -> None:
-        self.status: Optional[int] = status
+        self.status = status
         self.body = body.encode("utf-8") if isinstance(body, str) else body
         self.headers = headers or {}
 
     def __call__(self, handler: "Handler") -> None:
-        handler.send_response(self.status or 200)
+        handler.send_response(self.status)
         for name, value in self.headers.items():
             handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(self.body)))
@@ -115,57 +116,47 @@ class Text(Status):
 
 
 class Refused(Status):
-    """Refuse a request, and say why in the body as well as in the record."""
+    """Refuse a request, and say why in the body and in the record."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(status, reason)
         self.reason = reason
 
 
-class HealthAccepted(Status):
-    """Answer 200 to a health report, and note that the VM is ready."""
-
-    def __init__(self) -> None:
-        super().__init__(200)
-
-    def __call__(self, handler: "Handler") -> None:
-        handler.azure.ready.set()
-        super().__call__(handler)
+class ReadyAccepted(Status):
+    """Accept the report that the VM is ready."""
 
 
 class Chunked(Text):
-    """Answer 200 with BODY in chunks of SIZE bytes."""
-
-    size = 100
+    """Answer 200 with BODY in chunks of 100 bytes."""
 
     def __call__(self, handler: "Handler") -> None:
         handler.send_response(200)
         handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
-        for start in range(0, len(self.body), self.size):
-            chunk = self.body[start : start + self.size]
+        for start in range(0, len(self.body), 100):
+            chunk = self.body[start : start + 100]
             handler.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
         handler.wfile.write(b"0\r\n\r\n")
 
 
 class Fault:
-    """Something that is no answer; the connection is closed after it."""
+    """Something other than an HTTP answer; the connection is closed after it."""
 
-    status: Optional[int] = None
+    status, reason = None, ""
 
     def __call__(self, handler: "Handler") -> None:
-        handler.close_connection = True
+        raise NotImplementedError
 
 
 class Raw(Fault):
-    """Answer with these very bytes: garbage, half an answer, a forged header."""
+    """Send these very bytes: garbage, half an answer, a forged header."""
 
     def __init__(self, answer: bytes) -> None:
         self.answer = answer
 
     def __call__(self, handler: "Handler") -> None:
         handler.wfile.write(self.answer)
-        super().__call__(handler)
 
 
 class Reset(Fault):
@@ -175,7 +166,6 @@ class Reset(Fault):
         linger = struct.pack("ii", 1, 0)  # socket(7): on, for 0 s
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         os.close(handler.connection.detach())  # close() would wait for the handler's files
-        super().__call__(handler)
 
 
 class Silence(Fault):
@@ -183,7 +173,6 @@ class Silence(Fault):
 
     def __call__(self, handler: "Handler") -> None:
         handler.azure.closing.wait()
-        super().__call__(handler)
 
 
 class Trickle(Fault):
@@ -196,9 +185,8 @@ class Trickle(Fault):
         handler.wfile.write(self.start)
         for byte in itertools.cycle(self.endless):
             if handler.azure.closing.wait(self.interval):
-                break
+                return
             handler.wfile.write(bytes([byte]))
-        super().__call__(handler)
 
 
 class Flood(Fault):
@@ -211,7 +199,6 @@ class Flood(Fault):
         handler.wfile.write(self.start)
         while not handler.azure.closing.is_set():
             handler.wfile.write(self.block)
-        super().__call__(handler)
 
 
 Answer = Union[Status, Fault]
@@ -232,23 +219,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Say nothing: FakeAzure.requests has it all."""
 
     def do_GET(self) -> None:
-        """Record the request, and answer as the script or the platform has it."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         resource, answer = self.azure.answer(self, body)
-        headers = dict(self.headers)
-        asked = (time.monotonic(), resource, self.command, self.path, headers, body)
-        self.azure.record(Request(*asked, answer.status, getattr(answer, "reason", "")))
-        try:
-            answer(self)
-        except OSError:  # the client hung up on a fault
+        asked = (time.monotonic(), resource, self.command, self.path, dict(self.headers), body)
+        self.azure.record(Request(*asked, answer.status, answer.reason))
+        if isinstance(answer, Fault):
             self.close_connection = True
+        with contextlib.suppress(OSError):  # the client hung up
+            answer(self)
 
     do_POST = do_PUT = do_HEAD = do_DELETE = do_GET
-
-    def finish(self) -> None:
-        """Close, also where a fault closed the connection before."""
-        with contextlib.suppress(OSError, ValueError):
-            super().finish()
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -300,18 +280,15 @@ class FakeAzure:
         self.requests: List[Request] = []
         self.on_request: Callable[[Request], None] = lambda request: None
         self._scripts: Dict[str, List[Answer]] = {}
-        self._forever: Dict[str, Answer] = {}
+        self._forever: Dict[str, Optional[Answer]] = {}
         self._arrived = threading.Condition()
-        self._servers = [
-            self._server("wireserver", listen(wireserver)),
-            self._server("imds", listen(imds)),
-        ]
+        self._servers = []
+        for role, address in (("wireserver", wireserver), ("imds", imds)):
+            handler = type("Handler", (Handler,), {"azure": self, "role": role})
+            self._servers.append(Server(listen(address), handler))
         self.wireserver, self.imds = (
             "{}:{}".format(*server.server_address[:2]) for server in self._servers
         )
-
-    def _server(self, role: str, listening: socket.socket) -> Server:
-        return Server(listening, type("Handler", (Handler,), {"azure": self, "role": role}))
 
     def __enter__(self) -> "FakeAzure":
         """Start to serve."""
@@ -341,9 +318,7 @@ class FakeAzure:
         FOREVER the platform's own answer follows.
         """
         self._scripts[resource] = list(answers)
-        self._forever.pop(resource, None)
-        if forever is not None:
-            self._forever[resource] = forever
+        self._forever[resource] = forever
 
     def asked(self, resource: str) -> List[Request]:
         """The requests for RESOURCE so far."""
@@ -373,35 +348,34 @@ class FakeAzure:
 
     def answer(self, handler: Handler, body: bytes) -> Tuple[str, Answer]:
         """The resource that a request asks for, and what it is to be answered."""
-        path = urlsplit(handler.path)
-        query = {name: values[0] for name, values in parse_qs(path.query).items()}
-        if handler.role == "wireserver":
-            resource, answer = self._wireserver(handler, path.path, query, body)
+        url = urlsplit(handler.path)
+        path, query = url.path.rstrip("/"), dict(parse_qsl(url.query))
+        answer: Answer
+        if handler.role == "imds":
+            resource, answer = path.rsplit("/", 1)[-1], self._imds(handler, path, query)
         else:
-            resource, answer = self._imds(handler, path.path, query)
+            resource = query.get("comp", "unknown") if path in ("", "/machine") else "unknown"
+            answer = self._wireserver(handler, path, resource, body)
         script = self._scripts.get(resource)
-        if script:
-            return resource, script.pop(0)
-        return resource, self._forever.get(resource, answer)
+        answer = script.pop(0) if script else self._forever.get(resource) or answer
+        if isinstance(answer, ReadyAccepted):
+            self.ready.set()
+        return resource, answer
 
-    def _wireserver(
-        self, handler: Handler, path: str, query: Dict[str, str], body: bytes
-    ) -> Tuple[str, Answer]:
-        if query.get("comp") == "versions" and path == "/":
+    def _wireserver(self, handler: Handler, path: str, resource: str, body: bytes) -> Answer:
+        if (path, resource) == ("", "versions"):
             version = f"<Version>{WIRESERVER_VERSION}</Version>"
-            return "versions", Text(f"<Versions><Supported>{version}</Supported></Versions>")
-        resource = query.get("comp", "") if path.rstrip("/") == "/machine" else ""
+            return Text(f"<Versions><Supported>{version}</Supported></Versions>")
         method = {"goalstate": "GET", "health": "POST"}.get(resource)
-        if method is None:
-            return resource or "unknown", Refused(404, "the fake WireServer does not have this")
+        if method is None or not path:
+            return Refused(404, "the fake WireServer does not have this")
         if handler.command != method:
-            return resource, Refused(405, f"not a {method}")
+            return Refused(405, f"not a {method}")
         if handler.headers.get("x-ms-version") != WIRESERVER_VERSION:
-            return resource, Refused(400, f"no header x-ms-version: {WIRESERVER_VERSION}")
-        if resource == "goalstate":
-            headers = {"Content-Type": "text/xml; charset=utf-8"}
-            return resource, Status(200, self.goal_state(), headers)
-        return resource, self._health(handler, body)
+            return Refused(400, f"no header x-ms-version: {WIRESERVER_VERSION}")
+        if resource == "health":
+            return self._health(handler, body)
+        return Status(200, self.goal_state(), {"Content-Type": "text/xml; charset=utf-8"})
 
     def _health(self, handler: Handler, body: bytes) -> Answer:
         if not handler.headers.get("Content-Type", "").startswith("text/xml"):
@@ -420,32 +394,30 @@ class FakeAzure:
             return Refused(400, "not this VM's InstanceId")
         if health.findtext("GoalStateIncarnation") != self.incarnation:
             return Refused(410, "not the incarnation of the goal state")
-        return HealthAccepted() if state == "Ready" else Status(200)
+        return ReadyAccepted(200) if state == "Ready" else Status(200)
 
-    def _imds(self, handler: Handler, path: str, query: Dict[str, str]) -> Tuple[str, Answer]:
-        resource = path.rstrip("/").rsplit("/", 1)[-1]
+    def _imds(self, handler: Handler, path: str, query: Dict[str, str]) -> Answer:
         if handler.command != "GET":
-            return resource, Refused(405, "not a GET")
+            return Refused(405, "not a GET")
         if handler.headers.get("Metadata", "").lower() != "true":
-            return resource, Refused(400, "Required metadata header not specified")
+            return Refused(400, "Required metadata header not specified")
         if "X-Forwarded-For" in handler.headers:
-            return resource, Refused(400, "IMDS is not to be asked through a proxy")
+            return Refused(400, "IMDS is not to be asked through a proxy")
         version = query.get("api-version", "")
         if not self.oldest_version <= version <= self.newest_version:
             error = "Bad request. api-version is invalid or was not specified in the request."
             body = {"error": error, "newest-versions": [self.newest_version]}
-            return resource, Refused(400, json.dumps(body))
+            return Refused(400, json.dumps(body))
         value: Any = self.metadata(version)
         for name in path.strip("/").split("/"):
             value = value.get(name) if isinstance(value, dict) else None
         if value is None:
-            return resource, Refused(404, "Not found")
+            return Refused(404, "Not found")
         if query.get("format") == "text":
-            if isinstance(value, (dict, list)):
-                value = "\n".join(value)
-            return resource, Status(200, value, {"Content-Type": "text/plain; charset=utf-8"})
+            text = value if isinstance(value, str) else "\n".join(value)
+            return Status(200, text, {"Content-Type": "text/plain; charset=utf-8"})
         headers = {"Content-Type": "application/json; charset=utf-8"}
-        return resource, Status(200, json.dumps(value), headers)
+        return Status(200, json.dumps(value), headers)
 
     def metadata(self, version: str) -> Dict[str, Any]:
         """The metadata tree of this VM as api-version VERSION has it."""
@@ -465,18 +437,13 @@ class FakeAzure:
                 "computerName": self.computer_name,
                 "disablePasswordAuthentication": "true",
             }
-        address = {"privateIpAddress": "10.0.0.4", "publicIpAddress": ""}
-        interface = {
-            "ipv4": {
-                "ipAddress": [address],
-                "subnet": [{"address": "10.0.0.0", "prefix": "24"}],
-            },
-            "ipv6": {"ipAddress": []},
-            "macAddress": self.mac_address,
+        ipv4 = {
+            "ipAddress": [{"privateIpAddress": "10.0.0.4", "publicIpAddress": ""}],
+            "subnet": [{"address": "10.0.0.0", "prefix": "24"}],
         }
-        return {
-            "metadata": {"instance": {"compute": compute, "network": {"interface": [interface]}}}
-        }
+        interface = {"ipv4": ipv4, "ipv6": {"ipAddress": []}, "macAddress": self.mac_address}
+        network = {"interface": [interface]}
+        return {"metadata": {"instance": {"compute": compute, "network": network}}}
 
 
 def describe(request: Request) -> str:
@@ -499,12 +466,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python3 -m tests.fake_azure", description=str(__doc__).split("\n")[0]
     )
-    option = parser.add_argument
-    option("--wireserver", default="127.0.0.1:8080", metavar="HOST:PORT", type=address)
-    option("--imds", default="127.0.0.1:8081", metavar="HOST:PORT", type=address)
-    options = parser.parse_args()
     listening = []
-    for name in ("wireserver", "imds"):
+    names = {"wireserver": "127.0.0.1:8080", "imds": "127.0.0.1:8081"}
+    for name, default in names.items():
+        parser.add_argument(f"--{name}", default=default, metavar="HOST:PORT", type=address)
+    options = parser.parse_args()
+    for name in names:
         host, port = getattr(options, name)
         try:
             listening.append(listen((host, port)))
