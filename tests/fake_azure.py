@@ -14,7 +14,6 @@ this VM's), records every request, and plays a script of answers and faults for 
 import argparse
 import contextlib
 import http.server
-import itertools
 import json
 import os
 import re
@@ -30,13 +29,8 @@ from urllib.parse import parse_qsl, urlsplit
 from xml.etree import ElementTree
 
 Address = Tuple[str, int]
-Listen = Callable[[Address], socket.socket]
 
 WIRESERVER_VERSION = "2012-11-30"
-
-# The api-versions of IMDS, which are dates; one that it does not know gets a 400.
-# https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service
-IMDS_VERSIONS = ("2017-03-01", "2025-04-07")
 
 GOAL_STATE = """\
 <?xml version="1.0" encoding="utf-8"?>
@@ -47,9 +41,7 @@ xsi:noNamespaceSchemaLocation="goalstate10.xsd">
   <Machine>
     <ExpectedState>Started</ExpectedState>
     <StopRolesDeadlineHint>300000</StopRolesDeadlineHint>
-    <LBProbePorts>
-      <Port>16001</Port>
-    </LBProbePorts>
+    <LBProbePorts><Port>16001</Port></LBProbePorts>
     <ExpectHealthReport>FALSE</ExpectHealthReport>
   </Machine>
   <Container>
@@ -59,8 +51,6 @@ xsi:noNamespaceSchemaLocation="goalstate10.xsd">
         <InstanceId>{instance_id}</InstanceId>
         <State>Started</State>
         <Configuration>
-          <SharedConfig>http://168.63.129.16:80/machine/{container_id}/x?comp=config&amp;\
-type=sharedConfig&amp;incarnation={incarnation}</SharedConfig>
           <Certificates>http://168.63.129.16:80/machine/{container_id}/x?comp=certificates&amp;\
 incarnation={incarnation}</Certificates>
         </Configuration>
@@ -80,7 +70,7 @@ class Request(NamedTuple):
     path: str
     headers: Dict[str, str]
     body: bytes
-    status: Optional[int]  # of the answer; None if it was a fault that has none
+    status: Optional[int]  # of the answer; None if it was a fault
     reason: str  # why the platform refused it; empty if it did not
 
 
@@ -88,9 +78,7 @@ class Request(NamedTuple):
 
 
 class Status:
-    """Answer with a status, a body and headers."""
-
-    reason = ""
+    """Answer with a status, a body and headers; the body of a refusal says why."""
 
     def __init__(
         self, status: int, body: Union[bytes, str] = b"", headers: Optional[Dict[str, str]] = None
@@ -98,6 +86,7 @@ class Status:
         self.status = status
         self.body = body.encode("utf-8") if isinstance(body, str) else body
         self.headers = headers or {}
+        self.reason = self.body.decode("utf-8", "replace") if status >= 400 else ""
 
     def __call__(self, handler: "Handler") -> None:
         handler.send_response(self.status)
@@ -113,14 +102,6 @@ class Text(Status):
 
     def __init__(self, body: Union[bytes, str]) -> None:
         super().__init__(200, body)
-
-
-class Refused(Status):
-    """Refuse a request, and say why in the body and in the record."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(status, reason)
-        self.reason = reason
 
 
 class ReadyAccepted(Status):
@@ -140,26 +121,19 @@ class Chunked(Text):
         handler.wfile.write(b"0\r\n\r\n")
 
 
-class Fault:
-    """Something other than an HTTP answer; the connection is closed after it."""
+class Raw:
+    """Send these very bytes, such as garbage or half an answer, and close the connection."""
 
     status, reason = None, ""
 
-    def __call__(self, handler: "Handler") -> None:
-        raise NotImplementedError
-
-
-class Raw(Fault):
-    """Send these very bytes: garbage, half an answer, a forged header."""
-
-    def __init__(self, answer: bytes) -> None:
+    def __init__(self, answer: bytes = b"") -> None:
         self.answer = answer
 
     def __call__(self, handler: "Handler") -> None:
         handler.wfile.write(self.answer)
 
 
-class Reset(Fault):
+class Reset(Raw):
     """Close the connection with a TCP reset."""
 
     def __call__(self, handler: "Handler") -> None:
@@ -168,40 +142,34 @@ class Reset(Fault):
         os.close(handler.connection.detach())  # close() would wait for the handler's files
 
 
-class Silence(Fault):
+class Silence(Raw):
     """Never answer, and keep the connection open."""
 
     def __call__(self, handler: "Handler") -> None:
         handler.azure.closing.wait()
 
 
-class Trickle(Fault):
-    """Send START, then ENDLESS again and again, a byte every INTERVAL seconds."""
+class Trickle(Raw):
+    """Send START, then ENDLESS again and again, every INTERVAL seconds."""
 
     def __init__(self, start: bytes, endless: bytes = b"x", interval: float = 0.05) -> None:
-        self.start, self.endless, self.interval = start, endless, interval
+        super().__init__(start)
+        self.endless, self.interval = endless, interval
 
     def __call__(self, handler: "Handler") -> None:
-        handler.wfile.write(self.start)
-        for byte in itertools.cycle(self.endless):
-            if handler.azure.closing.wait(self.interval):
-                return
-            handler.wfile.write(bytes([byte]))
+        super().__call__(handler)
+        while not handler.azure.closing.wait(self.interval):
+            handler.wfile.write(self.endless)
 
 
-class Flood(Fault):
+class Flood(Trickle):
     """Send START, then BLOCK without end, as fast as the client takes it."""
 
     def __init__(self, start: bytes, block: bytes = b"x" * 65536) -> None:
-        self.start, self.block = start, block
-
-    def __call__(self, handler: "Handler") -> None:
-        handler.wfile.write(self.start)
-        while not handler.azure.closing.is_set():
-            handler.wfile.write(self.block)
+        super().__init__(start, block, 0)
 
 
-Answer = Union[Status, Fault]
+Answer = Union[Status, Raw]
 OK = b"HTTP/1.1 200 OK\r\n"  # the beginning of many a Raw, Trickle or Flood
 
 
@@ -210,8 +178,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server_version = "Microsoft-IIS/10.0"
-    sys_version = ""
     azure: "FakeAzure"
     role: str
 
@@ -222,9 +188,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         resource, answer = self.azure.answer(self, body)
         asked = (time.monotonic(), resource, self.command, self.path, dict(self.headers), body)
-        self.azure.record(Request(*asked, answer.status, answer.reason))
-        if isinstance(answer, Fault):
-            self.close_connection = True
+        self.azure.record(Request(*asked, answer.status, answer.reason), answer)
+        self.close_connection = self.close_connection or isinstance(answer, Raw)
         with contextlib.suppress(OSError):  # the client hung up
             answer(self)
 
@@ -264,7 +229,7 @@ class FakeAzure:
         self,
         wireserver: Address = ("127.0.0.1", 0),
         imds: Address = ("127.0.0.1", 0),
-        listen: Listen = listen,
+        listen: Callable[[Address], socket.socket] = listen,
     ) -> None:
         self.incarnation = "1"
         self.container_id = str(uuid.uuid4())
@@ -273,7 +238,7 @@ class FakeAzure:
         # The part of the instance metadata that names the VM; a value of None is not there.
         self.computer_name: Optional[str] = "web-prod-01"
         self.vm_name: Optional[str] = "web-prod-01-vm"
-        self.oldest_version, self.newest_version = IMDS_VERSIONS  # that this IMDS knows
+        self.oldest_version, self.newest_version = "2017-03-01", "2025-04-07"  # that IMDS knows
         self.mac_address = "525400123456"
         self.ready = threading.Event()  # a valid health report has arrived
         self.closing = threading.Event()
@@ -339,10 +304,12 @@ class FakeAzure:
             instance_id=self.instance_id,
         )
 
-    def record(self, request: Request) -> None:
+    def record(self, request: Request, answer: Answer) -> None:
         """Add REQUEST to the record, and tell those who wait for it."""
         with self._arrived:
             self.requests.append(request)
+            if isinstance(answer, ReadyAccepted):
+                self.ready.set()
             self.on_request(request)
             self._arrived.notify_all()
 
@@ -357,10 +324,7 @@ class FakeAzure:
             resource = query.get("comp", "unknown") if path in ("", "/machine") else "unknown"
             answer = self._wireserver(handler, path, resource, body)
         script = self._scripts.get(resource)
-        answer = script.pop(0) if script else self._forever.get(resource) or answer
-        if isinstance(answer, ReadyAccepted):
-            self.ready.set()
-        return resource, answer
+        return resource, script.pop(0) if script else self._forever.get(resource) or answer
 
     def _wireserver(self, handler: Handler, path: str, resource: str, body: bytes) -> Answer:
         if (path, resource) == ("", "versions"):
@@ -368,51 +332,50 @@ class FakeAzure:
             return Text(f"<Versions><Supported>{version}</Supported></Versions>")
         method = {"goalstate": "GET", "health": "POST"}.get(resource)
         if method is None or not path:
-            return Refused(404, "the fake WireServer does not have this")
+            return Status(404, "the fake WireServer does not have this")
         if handler.command != method:
-            return Refused(405, f"not a {method}")
+            return Status(405, f"not a {method}")
         if handler.headers.get("x-ms-version") != WIRESERVER_VERSION:
-            return Refused(400, f"no header x-ms-version: {WIRESERVER_VERSION}")
+            return Status(400, f"no header x-ms-version: {WIRESERVER_VERSION}")
         if resource == "health":
             return self._health(handler, body)
         return Status(200, self.goal_state(), {"Content-Type": "text/xml; charset=utf-8"})
 
     def _health(self, handler: Handler, body: bytes) -> Answer:
         if not handler.headers.get("Content-Type", "").startswith("text/xml"):
-            return Refused(415, "the Content-Type is not text/xml")
+            return Status(415, "the Content-Type is not text/xml")
         try:
             health = ElementTree.fromstring(body)
         except ElementTree.ParseError as error:
-            return Refused(400, f"the health report is not valid XML: {error}")
+            return Status(400, f"the health report is not valid XML: {error}")
         role = "Container/RoleInstanceList/Role"
         state = health.findtext(f"{role}/Health/State")
         if health.tag != "Health" or state not in ("Ready", "NotReady"):
-            return Refused(400, "not a health report")
+            return Status(400, "not a health report")
         if health.findtext("Container/ContainerId") != self.container_id:
-            return Refused(400, "not this VM's ContainerId")
+            return Status(400, "not this VM's ContainerId")
         if health.findtext(f"{role}/InstanceId") != self.instance_id:
-            return Refused(400, "not this VM's InstanceId")
+            return Status(400, "not this VM's InstanceId")
         if health.findtext("GoalStateIncarnation") != self.incarnation:
-            return Refused(410, "not the incarnation of the goal state")
+            return Status(410, "not the incarnation of the goal state")
         return ReadyAccepted(200) if state == "Ready" else Status(200)
 
     def _imds(self, handler: Handler, path: str, query: Dict[str, str]) -> Answer:
         if handler.command != "GET":
-            return Refused(405, "not a GET")
+            return Status(405, "not a GET")
         if handler.headers.get("Metadata", "").lower() != "true":
-            return Refused(400, "Required metadata header not specified")
+            return Status(400, "Required metadata header not specified")
         if "X-Forwarded-For" in handler.headers:
-            return Refused(400, "IMDS is not to be asked through a proxy")
+            return Status(400, "IMDS is not to be asked through a proxy")
         version = query.get("api-version", "")
         if not self.oldest_version <= version <= self.newest_version:
             error = "Bad request. api-version is invalid or was not specified in the request."
-            body = {"error": error, "newest-versions": [self.newest_version]}
-            return Refused(400, json.dumps(body))
+            return Status(400, json.dumps({"error": error}))
         value: Any = self.metadata(version)
         for name in path.strip("/").split("/"):
             value = value.get(name) if isinstance(value, dict) else None
         if value is None:
-            return Refused(404, "Not found")
+            return Status(404, "Not found")
         if query.get("format") == "text":
             text = value if isinstance(value, str) else "\n".join(value)
             return Status(200, text, {"Content-Type": "text/plain; charset=utf-8"})
