@@ -111,7 +111,10 @@ def install(root: Path, baseline: Path, ours: bool) -> None:
 
 
 def make_disk(directory: Path, baseline: Path, ours: bool) -> Path:
-    """Make a disk for whole VMs; the two differ in nothing but what is installed."""
+    """Make a disk for whole VMs; the two differ in nothing but what is installed.
+
+    There the article's unit, which does not wait for a network, starts when it starts.
+    """
     tree = disk.Tree(directory, ("python3", "curl"))
     tree.use_networkd()
     install(tree.root, baseline, ours)

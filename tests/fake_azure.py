@@ -321,7 +321,9 @@ class FakeAzure:
         if handler.role == "imds":
             resource, answer = path.rsplit("/", 1)[-1], self._imds(handler, path, query)
         else:
-            resource = query.get("comp", "unknown") if path in ("", "/machine") else "unknown"
+            resource = query.get("comp", "unknown")
+            if path != "/machine" and (path, resource) != ("", "versions"):
+                resource = "unknown"
             answer = self._wireserver(handler, path, resource, body)
         script = self._scripts.get(resource)
         return resource, script.pop(0) if script else self._forever.get(resource) or answer
@@ -331,7 +333,7 @@ class FakeAzure:
             version = f"<Version>{WIRESERVER_VERSION}</Version>"
             return Text(f"<Versions><Supported>{version}</Supported></Versions>")
         method = {"goalstate": "GET", "health": "POST"}.get(resource)
-        if method is None or not path:
+        if method is None:
             return Status(404, "the fake WireServer does not have this")
         if handler.command != method:
             return Status(405, f"not a {method}")
@@ -370,7 +372,8 @@ class FakeAzure:
         version = query.get("api-version", "")
         if not self.oldest_version <= version <= self.newest_version:
             error = "Bad request. api-version is invalid or was not specified in the request."
-            return Status(400, json.dumps({"error": error}))
+            body = {"error": error, "newest-versions": [self.newest_version]}
+            return Status(400, json.dumps(body))
         value: Any = self.metadata(version)
         for name in path.strip("/").split("/"):
             value = value.get(name) if isinstance(value, dict) else None
@@ -411,9 +414,8 @@ class FakeAzure:
 
 def describe(request: Request) -> str:
     """One line on REQUEST, for people."""
-    outcome = "no answer" if request.status is None else str(request.status)
     reason = f" ({request.reason})" if request.reason else ""
-    return f"{request.method} {request.path} -> {outcome}{reason}"
+    return f"{request.method} {request.path} -> {request.status or 'no answer'}{reason}"
 
 
 def address(text: str) -> Address:
