@@ -121,19 +121,26 @@ class Chunked(Text):
         handler.wfile.write(b"0\r\n\r\n")
 
 
-class Raw:
-    """Send these very bytes, such as garbage or half an answer, and close the connection."""
+class Fault:
+    """Something other than an answer, here nothing; the connection is closed after it."""
 
     status, reason = None, ""
 
-    def __init__(self, answer: bytes = b"") -> None:
+    def __call__(self, handler: "Handler") -> None:
+        """Send nothing."""
+
+
+class Raw(Fault):
+    """Send these very bytes: garbage, half an answer, a forged header."""
+
+    def __init__(self, answer: bytes) -> None:
         self.answer = answer
 
     def __call__(self, handler: "Handler") -> None:
         handler.wfile.write(self.answer)
 
 
-class Reset(Raw):
+class Reset(Fault):
     """Close the connection with a TCP reset."""
 
     def __call__(self, handler: "Handler") -> None:
@@ -142,7 +149,7 @@ class Reset(Raw):
         os.close(handler.connection.detach())  # close() would wait for the handler's files
 
 
-class Silence(Raw):
+class Silence(Fault):
     """Never answer, and keep the connection open."""
 
     def __call__(self, handler: "Handler") -> None:
@@ -169,7 +176,7 @@ class Flood(Trickle):
         super().__init__(start, block, 0)
 
 
-Answer = Union[Status, Raw]
+Answer = Union[Status, Fault]
 OK = b"HTTP/1.1 200 OK\r\n"  # the beginning of many a Raw, Trickle or Flood
 
 
@@ -189,7 +196,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         resource, answer = self.azure.answer(self, body)
         asked = (time.monotonic(), resource, self.command, self.path, dict(self.headers), body)
         self.azure.record(Request(*asked, answer.status, answer.reason), answer)
-        self.close_connection = self.close_connection or isinstance(answer, Raw)
+        self.close_connection = self.close_connection or isinstance(answer, Fault)
         with contextlib.suppress(OSError):  # the client hung up
             answer(self)
 
