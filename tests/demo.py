@@ -7,7 +7,6 @@ It changes nothing on this machine.
 import os
 import sys
 import threading
-from typing import List
 
 from tests.fake_azure import FakeAzure, Status, describe
 from tests.harness import Machine, start_script
@@ -35,31 +34,29 @@ def run(title: str, azure: FakeAzure, machine: Machine, *options: str) -> int:
     return process.returncode
 
 
-def main() -> int:
-    machine = Machine(hostnamectl="", systemctl="")
-    statuses: List[int] = []
-    try:
-        with FakeAzure() as azure:
-            azure.on_request = lambda request: show("Azure", describe(request))
-            azure.vm_name, azure.computer_name = "myset_0", "myset000000"
-            statuses.append(run("A dry run: nothing is posted.", azure, machine, "--dry-run"))
-            azure.script("goalstate", [Status(503), Status(503)])
-            title = "A first boot, of a VM in a scale set, while the WireServer is not quite there."
-            statuses.append(run(title, azure, machine))
-            ready = azure.ready.is_set()
-        print("\nWhat the script called, stand-ins all of them:\n")
-        for call in machine.calls:
-            print(f"  {call}")
-        print(f"\nReady has {'arrived' if ready else 'NOT arrived'}; exit statuses: {statuses}.")
-    finally:
-        machine.remove()
+def demo(machine: Machine) -> int:
+    with FakeAzure() as azure:
+        azure.on_request = lambda request: show("Azure", describe(request))
+        azure.vm_name, azure.computer_name = "myset_0", "myset000000"
+        statuses = [run("A dry run: nothing is posted.", azure, machine, "--dry-run")]
+        azure.script("goalstate", [Status(503), Status(503)])
+        title = "A first boot, of a VM in a scale set, while the WireServer is not quite there."
+        statuses.append(run(title, azure, machine))
+        ready = azure.ready.is_set()
+    print("\nWhat the script called, stand-ins all of them:\n")
+    for call in machine.calls:
+        print(f"  {call}")
+    print(f"\nReady has {'arrived' if ready else 'NOT arrived'}; exit statuses: {statuses}.")
     return 0 if ready and statuses == [0, 0] else 1
 
 
 if __name__ == "__main__":
+    machine = Machine(hostnamectl="", systemctl="")
     try:
-        status = main()
+        status = demo(machine)
     except (BrokenPipeError, KeyboardInterrupt):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still flushes at its end
         status = 1
+    finally:
+        machine.remove()
     sys.exit(status)

@@ -14,7 +14,6 @@ this VM's), records every request, and plays a script of answers and faults for 
 import argparse
 import contextlib
 import http.server
-import itertools
 import json
 import os
 import re
@@ -26,17 +25,12 @@ import threading
 import time
 import uuid
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 from xml.etree import ElementTree
 
 Address = Tuple[str, int]
-Listen = Callable[[Address], socket.socket]
 
 WIRESERVER_VERSION = "2012-11-30"
-
-# The api-versions of IMDS, which are dates; one that it does not know gets a 400.
-# https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service
-IMDS_VERSIONS = ("2017-03-01", "2025-04-07")
 
 GOAL_STATE = """\
 <?xml version="1.0" encoding="utf-8"?>
@@ -47,9 +41,7 @@ xsi:noNamespaceSchemaLocation="goalstate10.xsd">
   <Machine>
     <ExpectedState>Started</ExpectedState>
     <StopRolesDeadlineHint>300000</StopRolesDeadlineHint>
-    <LBProbePorts>
-      <Port>16001</Port>
-    </LBProbePorts>
+    <LBProbePorts><Port>16001</Port></LBProbePorts>
     <ExpectHealthReport>FALSE</ExpectHealthReport>
   </Machine>
   <Container>
@@ -59,8 +51,6 @@ xsi:noNamespaceSchemaLocation="goalstate10.xsd">
         <InstanceId>{instance_id}</InstanceId>
         <State>Started</State>
         <Configuration>
-          <SharedConfig>http://168.63.129.16:80/machine/{container_id}/x?comp=config&amp;\
-type=sharedConfig&amp;incarnation={incarnation}</SharedConfig>
           <Certificates>http://168.63.129.16:80/machine/{container_id}/x?comp=certificates&amp;\
 incarnation={incarnation}</Certificates>
         </Configuration>
@@ -80,26 +70,26 @@ class Request(NamedTuple):
     path: str
     headers: Dict[str, str]
     body: bytes
-    status: Optional[int]  # of the answer; None if it was a fault that has none
+    status: Optional[int]  # of the answer; None if it was a fault
     reason: str  # why the platform refused it; empty if it did not
 
 
-# The answers and faults of a script. Each is called with the handler that has to answer, and
-# its status is that of the answer, or None.
+# What a script consists of: each is called with the handler that has to answer.
 
 
 class Status:
-    """Answer with any status, body and headers."""
+    """Answer with a status, a body and headers; the body of a refusal says why."""
 
     def __init__(
         self, status: int, body: Union[bytes, str] = b"", headers: Optional[Dict[str, str]] = None
     ) -> None:
-        self.status: Optional[int] = status
+        self.status = status
         self.body = body.encode("utf-8") if isinstance(body, str) else body
         self.headers = headers or {}
+        self.reason = self.body.decode("utf-8", "replace") if status >= 400 else ""
 
     def __call__(self, handler: "Handler") -> None:
-        handler.send_response(self.status or 200)
+        handler.send_response(self.status)
         for name, value in self.headers.items():
             handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(self.body)))
@@ -114,58 +104,40 @@ class Text(Status):
         super().__init__(200, body)
 
 
-class Refused(Status):
-    """Refuse a request, and say why in the body as well as in the record."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(status, reason)
-        self.reason = reason
-
-
-class HealthAccepted(Status):
-    """Answer 200 to a health report, and note that the VM is ready."""
-
-    def __init__(self) -> None:
-        super().__init__(200)
-
-    def __call__(self, handler: "Handler") -> None:
-        handler.azure.ready.set()
-        super().__call__(handler)
+class ReadyAccepted(Status):
+    """Accept the report that the VM is ready."""
 
 
 class Chunked(Text):
-    """Answer 200 with BODY in chunks of SIZE bytes."""
-
-    size = 100
+    """Answer 200 with BODY in chunks of 100 bytes."""
 
     def __call__(self, handler: "Handler") -> None:
         handler.send_response(200)
         handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
-        for start in range(0, len(self.body), self.size):
-            chunk = self.body[start : start + self.size]
+        for start in range(0, len(self.body), 100):
+            chunk = self.body[start : start + 100]
             handler.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
         handler.wfile.write(b"0\r\n\r\n")
 
 
 class Fault:
-    """Something that is no answer; the connection is closed after it."""
+    """Something other than an answer, here nothing; the connection is closed after it."""
 
-    status: Optional[int] = None
+    status, reason = None, ""
 
     def __call__(self, handler: "Handler") -> None:
-        handler.close_connection = True
+        """Send nothing."""
 
 
 class Raw(Fault):
-    """Answer with these very bytes: garbage, half an answer, a forged header."""
+    """Send these very bytes: garbage, half an answer, a forged header."""
 
     def __init__(self, answer: bytes) -> None:
         self.answer = answer
 
     def __call__(self, handler: "Handler") -> None:
         handler.wfile.write(self.answer)
-        super().__call__(handler)
 
 
 class Reset(Fault):
@@ -175,7 +147,6 @@ class Reset(Fault):
         linger = struct.pack("ii", 1, 0)  # socket(7): on, for 0 s
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         os.close(handler.connection.detach())  # close() would wait for the handler's files
-        super().__call__(handler)
 
 
 class Silence(Fault):
@@ -183,35 +154,26 @@ class Silence(Fault):
 
     def __call__(self, handler: "Handler") -> None:
         handler.azure.closing.wait()
-        super().__call__(handler)
 
 
-class Trickle(Fault):
-    """Send START, then ENDLESS again and again, a byte every INTERVAL seconds."""
+class Trickle(Raw):
+    """Send START, then ENDLESS again and again, every INTERVAL seconds."""
 
     def __init__(self, start: bytes, endless: bytes = b"x", interval: float = 0.05) -> None:
-        self.start, self.endless, self.interval = start, endless, interval
+        super().__init__(start)
+        self.endless, self.interval = endless, interval
 
     def __call__(self, handler: "Handler") -> None:
-        handler.wfile.write(self.start)
-        for byte in itertools.cycle(self.endless):
-            if handler.azure.closing.wait(self.interval):
-                break
-            handler.wfile.write(bytes([byte]))
         super().__call__(handler)
+        while not handler.azure.closing.wait(self.interval):
+            handler.wfile.write(self.endless)
 
 
-class Flood(Fault):
+class Flood(Trickle):
     """Send START, then BLOCK without end, as fast as the client takes it."""
 
     def __init__(self, start: bytes, block: bytes = b"x" * 65536) -> None:
-        self.start, self.block = start, block
-
-    def __call__(self, handler: "Handler") -> None:
-        handler.wfile.write(self.start)
-        while not handler.azure.closing.is_set():
-            handler.wfile.write(self.block)
-        super().__call__(handler)
+        super().__init__(start, block, 0)
 
 
 Answer = Union[Status, Fault]
@@ -223,8 +185,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server_version = "Microsoft-IIS/10.0"
-    sys_version = ""
     azure: "FakeAzure"
     role: str
 
@@ -232,23 +192,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Say nothing: FakeAzure.requests has it all."""
 
     def do_GET(self) -> None:
-        """Record the request, and answer as the script or the platform has it."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         resource, answer = self.azure.answer(self, body)
-        headers = dict(self.headers)
-        asked = (time.monotonic(), resource, self.command, self.path, headers, body)
-        self.azure.record(Request(*asked, answer.status, getattr(answer, "reason", "")))
-        try:
+        asked = (time.monotonic(), resource, self.command, self.path, dict(self.headers), body)
+        self.azure.record(Request(*asked, answer.status, answer.reason), answer)
+        self.close_connection = self.close_connection or isinstance(answer, Fault)
+        with contextlib.suppress(OSError):  # the client hung up
             answer(self)
-        except OSError:  # the client hung up on a fault
-            self.close_connection = True
 
     do_POST = do_PUT = do_HEAD = do_DELETE = do_GET
-
-    def finish(self) -> None:
-        """Close, also where a fault closed the connection before."""
-        with contextlib.suppress(OSError, ValueError):
-            super().finish()
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -284,7 +236,7 @@ class FakeAzure:
         self,
         wireserver: Address = ("127.0.0.1", 0),
         imds: Address = ("127.0.0.1", 0),
-        listen: Listen = listen,
+        listen: Callable[[Address], socket.socket] = listen,
     ) -> None:
         self.incarnation = "1"
         self.container_id = str(uuid.uuid4())
@@ -293,25 +245,22 @@ class FakeAzure:
         # The part of the instance metadata that names the VM; a value of None is not there.
         self.computer_name: Optional[str] = "web-prod-01"
         self.vm_name: Optional[str] = "web-prod-01-vm"
-        self.oldest_version, self.newest_version = IMDS_VERSIONS  # that this IMDS knows
+        self.oldest_version, self.newest_version = "2017-03-01", "2025-04-07"  # that IMDS knows
         self.mac_address = "525400123456"
         self.ready = threading.Event()  # a valid health report has arrived
         self.closing = threading.Event()
         self.requests: List[Request] = []
         self.on_request: Callable[[Request], None] = lambda request: None
         self._scripts: Dict[str, List[Answer]] = {}
-        self._forever: Dict[str, Answer] = {}
+        self._forever: Dict[str, Optional[Answer]] = {}
         self._arrived = threading.Condition()
-        self._servers = [
-            self._server("wireserver", listen(wireserver)),
-            self._server("imds", listen(imds)),
-        ]
+        self._servers = []
+        for role, address in (("wireserver", wireserver), ("imds", imds)):
+            handler = type("Handler", (Handler,), {"azure": self, "role": role})
+            self._servers.append(Server(listen(address), handler))
         self.wireserver, self.imds = (
             "{}:{}".format(*server.server_address[:2]) for server in self._servers
         )
-
-    def _server(self, role: str, listening: socket.socket) -> Server:
-        return Server(listening, type("Handler", (Handler,), {"azure": self, "role": role}))
 
     def __enter__(self) -> "FakeAzure":
         """Start to serve."""
@@ -341,9 +290,7 @@ class FakeAzure:
         FOREVER the platform's own answer follows.
         """
         self._scripts[resource] = list(answers)
-        self._forever.pop(resource, None)
-        if forever is not None:
-            self._forever[resource] = forever
+        self._forever[resource] = forever
 
     def asked(self, resource: str) -> List[Request]:
         """The requests for RESOURCE so far."""
@@ -364,88 +311,86 @@ class FakeAzure:
             instance_id=self.instance_id,
         )
 
-    def record(self, request: Request) -> None:
+    def record(self, request: Request, answer: Answer) -> None:
         """Add REQUEST to the record, and tell those who wait for it."""
         with self._arrived:
             self.requests.append(request)
+            if isinstance(answer, ReadyAccepted):
+                self.ready.set()
             self.on_request(request)
             self._arrived.notify_all()
 
     def answer(self, handler: Handler, body: bytes) -> Tuple[str, Answer]:
         """The resource that a request asks for, and what it is to be answered."""
-        path = urlsplit(handler.path)
-        query = {name: values[0] for name, values in parse_qs(path.query).items()}
-        if handler.role == "wireserver":
-            resource, answer = self._wireserver(handler, path.path, query, body)
+        url = urlsplit(handler.path)
+        path, query = url.path.rstrip("/"), dict(parse_qsl(url.query))
+        answer: Answer
+        if handler.role == "imds":
+            resource, answer = path.rsplit("/", 1)[-1], self._imds(handler, path, query)
         else:
-            resource, answer = self._imds(handler, path.path, query)
+            resource = query.get("comp", "unknown")
+            if path != "/machine" and (path, resource) != ("", "versions"):
+                resource = "unknown"
+            answer = self._wireserver(handler, path, resource, body)
         script = self._scripts.get(resource)
-        if script:
-            return resource, script.pop(0)
-        return resource, self._forever.get(resource, answer)
+        return resource, script.pop(0) if script else self._forever.get(resource) or answer
 
-    def _wireserver(
-        self, handler: Handler, path: str, query: Dict[str, str], body: bytes
-    ) -> Tuple[str, Answer]:
-        if query.get("comp") == "versions" and path == "/":
+    def _wireserver(self, handler: Handler, path: str, resource: str, body: bytes) -> Answer:
+        if (path, resource) == ("", "versions"):
             version = f"<Version>{WIRESERVER_VERSION}</Version>"
-            return "versions", Text(f"<Versions><Supported>{version}</Supported></Versions>")
-        resource = query.get("comp", "") if path.rstrip("/") == "/machine" else ""
+            return Text(f"<Versions><Supported>{version}</Supported></Versions>")
         method = {"goalstate": "GET", "health": "POST"}.get(resource)
         if method is None:
-            return resource or "unknown", Refused(404, "the fake WireServer does not have this")
+            return Status(404, "the fake WireServer does not have this")
         if handler.command != method:
-            return resource, Refused(405, f"not a {method}")
+            return Status(405, f"not a {method}")
         if handler.headers.get("x-ms-version") != WIRESERVER_VERSION:
-            return resource, Refused(400, f"no header x-ms-version: {WIRESERVER_VERSION}")
-        if resource == "goalstate":
-            headers = {"Content-Type": "text/xml; charset=utf-8"}
-            return resource, Status(200, self.goal_state(), headers)
-        return resource, self._health(handler, body)
+            return Status(400, f"no header x-ms-version: {WIRESERVER_VERSION}")
+        if resource == "health":
+            return self._health(handler, body)
+        return Status(200, self.goal_state(), {"Content-Type": "text/xml; charset=utf-8"})
 
     def _health(self, handler: Handler, body: bytes) -> Answer:
         if not handler.headers.get("Content-Type", "").startswith("text/xml"):
-            return Refused(415, "the Content-Type is not text/xml")
+            return Status(415, "the Content-Type is not text/xml")
         try:
             health = ElementTree.fromstring(body)
         except ElementTree.ParseError as error:
-            return Refused(400, f"the health report is not valid XML: {error}")
+            return Status(400, f"the health report is not valid XML: {error}")
         role = "Container/RoleInstanceList/Role"
         state = health.findtext(f"{role}/Health/State")
         if health.tag != "Health" or state not in ("Ready", "NotReady"):
-            return Refused(400, "not a health report")
+            return Status(400, "not a health report")
         if health.findtext("Container/ContainerId") != self.container_id:
-            return Refused(400, "not this VM's ContainerId")
+            return Status(400, "not this VM's ContainerId")
         if health.findtext(f"{role}/InstanceId") != self.instance_id:
-            return Refused(400, "not this VM's InstanceId")
+            return Status(400, "not this VM's InstanceId")
         if health.findtext("GoalStateIncarnation") != self.incarnation:
-            return Refused(410, "not the incarnation of the goal state")
-        return HealthAccepted() if state == "Ready" else Status(200)
+            return Status(410, "not the incarnation of the goal state")
+        return ReadyAccepted(200) if state == "Ready" else Status(200)
 
-    def _imds(self, handler: Handler, path: str, query: Dict[str, str]) -> Tuple[str, Answer]:
-        resource = path.rstrip("/").rsplit("/", 1)[-1]
+    def _imds(self, handler: Handler, path: str, query: Dict[str, str]) -> Answer:
         if handler.command != "GET":
-            return resource, Refused(405, "not a GET")
+            return Status(405, "not a GET")
         if handler.headers.get("Metadata", "").lower() != "true":
-            return resource, Refused(400, "Required metadata header not specified")
+            return Status(400, "Required metadata header not specified")
         if "X-Forwarded-For" in handler.headers:
-            return resource, Refused(400, "IMDS is not to be asked through a proxy")
+            return Status(400, "IMDS is not to be asked through a proxy")
         version = query.get("api-version", "")
         if not self.oldest_version <= version <= self.newest_version:
             error = "Bad request. api-version is invalid or was not specified in the request."
             body = {"error": error, "newest-versions": [self.newest_version]}
-            return resource, Refused(400, json.dumps(body))
+            return Status(400, json.dumps(body))
         value: Any = self.metadata(version)
         for name in path.strip("/").split("/"):
             value = value.get(name) if isinstance(value, dict) else None
         if value is None:
-            return resource, Refused(404, "Not found")
+            return Status(404, "Not found")
         if query.get("format") == "text":
-            if isinstance(value, (dict, list)):
-                value = "\n".join(value)
-            return resource, Status(200, value, {"Content-Type": "text/plain; charset=utf-8"})
+            text = value if isinstance(value, str) else "\n".join(value)
+            return Status(200, text, {"Content-Type": "text/plain; charset=utf-8"})
         headers = {"Content-Type": "application/json; charset=utf-8"}
-        return resource, Status(200, json.dumps(value), headers)
+        return Status(200, json.dumps(value), headers)
 
     def metadata(self, version: str) -> Dict[str, Any]:
         """The metadata tree of this VM as api-version VERSION has it."""
@@ -465,25 +410,19 @@ class FakeAzure:
                 "computerName": self.computer_name,
                 "disablePasswordAuthentication": "true",
             }
-        address = {"privateIpAddress": "10.0.0.4", "publicIpAddress": ""}
-        interface = {
-            "ipv4": {
-                "ipAddress": [address],
-                "subnet": [{"address": "10.0.0.0", "prefix": "24"}],
-            },
-            "ipv6": {"ipAddress": []},
-            "macAddress": self.mac_address,
+        ipv4 = {
+            "ipAddress": [{"privateIpAddress": "10.0.0.4", "publicIpAddress": ""}],
+            "subnet": [{"address": "10.0.0.0", "prefix": "24"}],
         }
-        return {
-            "metadata": {"instance": {"compute": compute, "network": {"interface": [interface]}}}
-        }
+        interface = {"ipv4": ipv4, "ipv6": {"ipAddress": []}, "macAddress": self.mac_address}
+        network = {"interface": [interface]}
+        return {"metadata": {"instance": {"compute": compute, "network": network}}}
 
 
 def describe(request: Request) -> str:
     """One line on REQUEST, for people."""
-    outcome = "no answer" if request.status is None else str(request.status)
     reason = f" ({request.reason})" if request.reason else ""
-    return f"{request.method} {request.path} -> {outcome}{reason}"
+    return f"{request.method} {request.path} -> {request.status or 'no answer'}{reason}"
 
 
 def address(text: str) -> Address:
@@ -499,12 +438,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python3 -m tests.fake_azure", description=str(__doc__).split("\n")[0]
     )
-    option = parser.add_argument
-    option("--wireserver", default="127.0.0.1:8080", metavar="HOST:PORT", type=address)
-    option("--imds", default="127.0.0.1:8081", metavar="HOST:PORT", type=address)
-    options = parser.parse_args()
     listening = []
-    for name in ("wireserver", "imds"):
+    names = {"wireserver": "127.0.0.1:8080", "imds": "127.0.0.1:8081"}
+    for name, default in names.items():
+        parser.add_argument(f"--{name}", default=default, metavar="HOST:PORT", type=address)
+    options = parser.parse_args()
+    for name in names:
         host, port = getattr(options, name)
         try:
             listening.append(listen((host, port)))

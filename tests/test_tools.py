@@ -1,12 +1,11 @@
 """The tools for people: what they say of bad input, and that they leave nothing behind."""
 
 import os
-import socket
 import subprocess
 import sys
 import unittest
-from typing import List, Tuple
 
+from tests.fake_azure import listen
 from tests.harness import ROOT
 
 
@@ -23,32 +22,26 @@ def tool(*words: str) -> "subprocess.Popen[str]":
     )
 
 
-class FakeAzureTest(unittest.TestCase):
-    def test_addresses_that_cannot_be_used_are_one_line_and_status_2(self) -> None:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen(1)
-            used = f"127.0.0.1:{taken.getsockname()[1]}"
-            cases: List[Tuple[str, str]] = [
+class ToolsTest(unittest.TestCase):
+    def test_fake_azure_says_in_one_line_why_an_address_cannot_be_used(self) -> None:
+        with listen(("127.0.0.1", 0)) as taken:
+            used = "{}:{}".format(*taken.getsockname())
+            for address, reason in (
                 (":80", "not HOST:PORT"),
                 ("127.0.0.1", "not HOST:PORT"),
                 ("127.0.0.1:http", "not HOST:PORT"),
                 ("127.0.0.1:65536", "not HOST:PORT"),
                 (used, f"cannot listen at {used} (--imds): Address already in use"),
                 ("x" * 300 + ":80", "cannot listen at x"),
-            ]
-            for address, reason in cases:
+            ):
                 with self.subTest(address):
-                    process = tool(
-                        "tests.fake_azure", "--wireserver=127.0.0.1:0", f"--imds={address}"
-                    )
+                    words = ("tests.fake_azure", "--wireserver=127.0.0.1:0", f"--imds={address}")
+                    process = tool(*words)
                     errors = process.communicate(timeout=30)[1]
                     self.assertEqual(process.returncode, 2, errors)
                     self.assertIn(reason, errors.splitlines()[-1])
                     self.assertNotIn("Traceback", errors)
 
-
-class DemoTest(unittest.TestCase):
     def test_demo_shows_a_first_boot(self) -> None:
         process = tool("tests.demo")
         output, errors = process.communicate(timeout=60)
