@@ -68,7 +68,8 @@ class TableTest(ScriptTest):
         self.azure.script("compute", [Text('{"name": "not_valid"}')])
         run(status=1)
         failing = self.machine(hostnamectl="exit 1", systemctl="exit 1")
-        with mock.patch.object(Machine, "sethostname", side_effect=PermissionError(errno.EPERM, os.strerror(errno.EPERM))):
+        refused = PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        with mock.patch.object(Machine, "sethostname", side_effect=refused):
             run(machine=failing, status=1)
         run(machine=failing)
         run(HOSTNAME_FILE="/dev/full")
