@@ -119,9 +119,11 @@ class PublishTest(unittest.TestCase):
                     networkctl=f"printf '  1 lo loopback routable {networkd}'",
                     nmcli=f"echo '{network_manager}'",
                     systemctl=f"echo '{unit}'",
+                    ifquery="echo lo",
+                    dhcpcd="",
                 )
                 self.assert_notice(UNMANAGED)
-                self.assertEqual(len(calls), 3, "something was restarted")
+                self.assertEqual(len(calls), 5, "something was restarted")
 
     def test_machine_whose_clients_are_absent_or_hang_costs_a_notice(self) -> None:
         names = ("networkctl", "nmcli", "systemctl", "ifquery", "dhcpcd")
