@@ -3,13 +3,13 @@
 
 Report Ready to the WireServer, set the hostname from IMDS, publish it through DHCP, and disable
 the unit that ran this. Responses are validated; failures are retried until a deadline; each event
-is one line on standard output. The functions are in the order in which main() calls them.
+is one line on standard output.
 Exit status: 0 provisioned (or not on Azure, or a dry run), 1 failed, 2 refused.
 """
 
 import sys
 
-# The platform speaks plain HTTP, and http.client works without ssl, which takes 3 MB to import.
+# Makes http.client's "import ssl" fail, harmlessly: the platform speaks plain HTTP; ssl takes 3 MB.
 sys.modules["ssl"] = None  # type: ignore[assignment]
 
 import argparse
@@ -48,10 +48,10 @@ HEALTH_REPORT = (
     "<RoleInstanceList><Role><InstanceId>{}</InstanceId><Health><State>Ready</State></Health></Role>"
     "</RoleInstanceList></Container></Health>"
 )
-XML_ESCAPES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}  # html takes 0.4 MB to import
-# An older IMDS (Azure Stack Hub) rejects the api-version: 400. One 400 proves little: ask twice.
+XML_ESCAPES = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}  # html.escape takes 0.4 MB
+# (version, statuses to accept). An older IMDS (Azure Stack Hub) answers 400; ask twice to be sure.
 IMDS_VERSIONS = (("2021-02-01", (200, 400)), ("2021-02-01", (200, 400)), ("2019-06-01", (200,)))
-# "MSFT AZURE VM" in ASCII. Every Azure VM has this tag, also on Arm and on Azure Stack Hub.
+# "MSFT AZURE VM" as decimal ASCII codes. Arm VMs and those of Azure Stack Hub have this tag, too.
 AZURE_CHASSIS_ASSET_TAG = "7783-7084-3265-9085-8269-3286-77"
 CHASSIS_ASSET_TAG_FILE = "/sys/class/dmi/id/chassis_asset_tag"
 
@@ -60,7 +60,7 @@ HOSTNAME_LIMIT = 5 * 60  # seconds
 RESPONSE_TIMEOUT = 10  # seconds, for one exchange, from connecting to the last byte
 COMMAND_TIMEOUT = 30  # seconds: hostnamectl, systemctl
 PUBLISH_TIMEOUT = 30  # seconds, for the whole step
-SHOW_TIMEOUT = 4  # seconds of these, for each command that shows an interface's state
+SHOW_TIMEOUT = 4  # seconds out of PUBLISH_TIMEOUT, for each command that shows a state
 MAX_BODY = 1024 * 1024  # bytes of a response; a goal state has about 3,000
 MAX_OUTPUT = 65536  # bytes of a command's output
 MAX_REASONS = 10  # logged in one step, however often the reason changes
@@ -69,21 +69,21 @@ MAX_REASONS = 10  # logged in one step, however often the reason changes
 LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 HOSTNAME = rf"(?=.{{1,64}}\Z){LABEL}(\.{LABEL})*\Z"
 
-# For each DHCP client: the command that shows the state of interface {}, the output that means that
-# the client manages it, and the command that sends the DHCP request again, with the new name, which
-# "networkctl renew" and "nmcli device reapply" do not. An interface that is up can still be
+# For each DHCP client: the command that shows the state of interface {}, a pattern that matches its
+# output if the client manages {}, and the command that sends the DHCP request again with the new
+# name ("networkctl renew" and "nmcli device reapply" don't). An interface that is up can still be
 # "configuring", or in NetworkManager's states 40 to 90, because of IPv6 or a dispatcher script.
 DHCP_CLIENTS = (
     ("networkctl --no-legend list {}", " configur(ed|ing)$", "networkctl reconfigure {}"),
     ("nmcli -g GENERAL.STATE device show {}", r"^[4-9]0|\(connected\)$", "nmcli device connect {}"),
     ("systemctl is-active ifup@{}.service", "^active$", "systemctl restart ifup@{}.service"),
-    ("ifquery --state {}", "=", "systemctl try-restart networking.service"),
-    ("dhcpcd -U {}", "=", "systemctl try-restart dhcpcd.service"),
+    ("ifquery --state {}", "=", "systemctl try-restart networking.service"),  # "eth0=eth0"
+    ("dhcpcd -U {}", "=", "systemctl try-restart dhcpcd.service"),  # its variables
 )
 
 
 class ProvisioningError(Exception):
-    """What everything below raises if it fails; the message says why, in one line."""
+    """Every failure below; the message says why, in one line."""
 
 
 class GoalState(NamedTuple):
@@ -112,7 +112,7 @@ def clean(text: str, length: int = 100) -> str:
 
 @contextmanager
 def time_limit(seconds: float, problem: str = "timed out") -> Iterator[None]:
-    """Raise ProvisioningError after SECONDS in the block, even if bytes trickle: setitimer(2)."""
+    """Raise ProvisioningError if the block takes over SECONDS; a socket's timeout is per read."""
 
     def expire(*_: object) -> None:
         raise ProvisioningError(f"{problem} after {seconds:.0f} s")
@@ -126,7 +126,7 @@ def time_limit(seconds: float, problem: str = "timed out") -> Iterator[None]:
 
 
 def keep_trying(attempt: Callable[[], Tuple[str, str]], limit: float) -> Tuple[str, str]:
-    """Return the result of ATTEMPT as soon as it succeeds. All retries, for LIMIT s, are here."""
+    """Call ATTEMPT until it succeeds, for LIMIT s; return its result. All retries are here."""
     start = time.monotonic()
     attempts, logged = 0, [""]
     while True:
@@ -151,7 +151,7 @@ def exchange(
     host: str, method: str, path: str, headers: Headers, accept: Sequence[int], body: str = ""
 ) -> Tuple[str, bytes]:
     """Send a request; return the status line ("200 OK") and the body if the status is in ACCEPT."""
-    buffer = mmap.mmap(-1, MAX_BODY + 1)  # not read(), which has no limit in a chunk of size -1
+    buffer = mmap.mmap(-1, MAX_BODY + 1)  # takes only the memory that is written to
     try:
         with time_limit(RESPONSE_TIMEOUT), closing(HTTPConnection(host)) as connection:
             headers = {"Connection": "close", **headers}
@@ -163,10 +163,10 @@ def exchange(
                 lengths = response.headers.get_all("Content-Length", [])
                 if len(lengths) > 1 or not all(length.strip().isdecimal() for length in lengths):
                     raise ProvisioningError("the Content-Length is not one number")
-                size = response.readinto(buffer)
-                if size > MAX_BODY or response.length:
+                size = response.readinto(buffer)  # read(n) has no limit in a chunk of size -1
+                if size > MAX_BODY or response.length:  # length: what is still missing
                     raise ProvisioningError(f"the body is truncated, or over {MAX_BODY} bytes")
-    except Exception as error:  # http.client raises more than HTTPException and OSError
+    except Exception as error:  # ours, too; and http.client's are of more kinds than documented
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ProvisioningError(f"{host}: {method} {path}: {clean(reason)}") from None
     return clean(status_line), buffer[:size]
@@ -184,7 +184,7 @@ def fetch_goal_state(wireserver: str) -> GoalState:
     _, body = exchange(wireserver, "GET", "/machine?comp=goalstate", WIRESERVER_HEADERS, (200,))
     try:
         text = body.decode("utf-8-sig")  # parsing str ignores the declared encoding
-        # its entities can make a small document fill the memory; in UTF-16, with NULs, it hides
+        # a DOCTYPE's entities can make a small document fill the memory; UTF-16's NULs can hide one
         if "<!DOCTYPE" in text or "\0" in text:
             raise ProvisioningError("The goal state has a DOCTYPE or a NUL")
         root = ElementTree.fromstring(text)
@@ -199,13 +199,13 @@ def fetch_goal_state(wireserver: str) -> GoalState:
 
 def report_ready(wireserver: str, dry_run: bool) -> None:
     """Tell the WireServer that the VM is ready; a dry run only shows what it would be told."""
-    logged: List[Tuple[str, str]] = []
+    logged = [("", "")]
 
     def attempt() -> Tuple[str, str]:
         goal_state = fetch_goal_state(wireserver)  # each time: 410 means that it has moved on
         ids = (goal_state.container_id, goal_state.instance_id)
-        # before the report, which may be rejected: Azure support asks for them
-        if ids not in logged[-1:] and len(logged) < MAX_REASONS:
+        # Azure support asks for these, so log them first: the report may be rejected
+        if ids != logged[-1] and len(logged) <= MAX_REASONS:
             logged.append(ids)
             log(INFO, f"ContainerId: {clean(ids[0])}")
             log(INFO, f"InstanceId: {clean(ids[1])}")
@@ -251,7 +251,7 @@ def fetch_hostname(imds: str) -> str:
 
 
 def run(command: str, timeout: float) -> str:
-    """Run COMMAND, words between blanks, for at most TIMEOUT seconds, and return its output."""
+    """Run COMMAND, split at spaces, for at most TIMEOUT seconds; return all that it prints."""
     # not this process's environment: SYSTEMD_COLORS and the like change what a command prints
     env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
     words = command.split(" ")
@@ -268,7 +268,7 @@ def run(command: str, timeout: float) -> str:
                 with suppress(ProcessLookupError):  # it has ended
                     os.killpg(process.pid, signal.SIGKILL)  # its children, too
                 raise
-        text = output.decode("latin-1").strip()  # no byte fails here
+        text = output.decode("latin-1").strip()  # decodes any byte
         if process.returncode != 0:
             raise ProvisioningError(clean(text, 200) or f"status {process.returncode}")
     except (OSError, ProvisioningError) as error:
@@ -333,29 +333,29 @@ def default_interfaces() -> List[str]:
     """Return the interfaces that have an IPv4 default route, the best first: proc_net(5)."""
     with open(ROUTE_FILE, "rb") as file:
         routes = [line.split() for line in file]
-    zero = b"00000000"  # of the destination and of its mask; "*" is a route that rejects
+    zero = b"00000000"  # fields: 0 interface ("*" to reject), 1 destination, 6 metric, 7 mask
     defaults = [(int(r[6]), r[0]) for r in routes if r[1] == r[7] == zero and r[0] != b"*"]
-    return [os.fsdecode(interface) for _, interface in sorted(defaults)]  # by metric
+    return [os.fsdecode(interface) for _, interface in sorted(defaults)]
 
 
 def wait_for_network(interface: str, events: socket.socket, limit: float) -> None:
-    """Wait for EVENTS, of rtnetlink(7): INTERFACE gets an address again, then a default route."""
+    """Wait until INTERFACE has an address again, then a default route. EVENTS: rtnetlink(7)."""
     address_seen = False
     with time_limit(limit, f"the network of {interface} is not back"):
         while not address_seen or interface not in default_interfaces():
             try:
-                # nlmsghdr: length (4 bytes), type (2), then 10; ifaddrmsg: 4, then index (4)
+                # nlmsghdr: 4 bytes, type (2), 10 bytes; ifaddrmsg: 4 bytes, index (4)
                 kind, index = struct.unpack_from("=4xH14xI", events.recv(65536))
                 if kind == RTM_NEWADDR and (index, interface) in socket.if_nameindex():
                     address_seen = True
-            except OSError:  # ENOBUFS: more events than fit, so it may be among those lost
+            except OSError:  # ENOBUFS: events were lost, and the address may be among them
                 address_seen = True
 
 
 def disable_unit() -> None:
     """Disable the unit. Never fails: the VM is provisioned all the same."""
     try:
-        # Without --no-reload systemd reads every unit again, and this one waits for it.
+        # Without --no-reload systemd would read every unit again while this one waits.
         run(f"systemctl disable --no-reload {UNIT}", COMMAND_TIMEOUT)
         log(INFO, f"{UNIT} disabled")
     except ProvisioningError as error:
@@ -371,7 +371,7 @@ def endpoint(text: str) -> str:
 
 
 def main(arguments: List[str]) -> int:
-    """Run the steps; return the exit status."""
+    """Run the steps, which stand above in this order; return the exit status."""
     started = time.monotonic()
     # Without a width argparse would import shutil, which takes 0.5 MB.
     layout = functools.partial(argparse.HelpFormatter, width=100)
@@ -386,7 +386,7 @@ def main(arguments: List[str]) -> int:
     options = parser.parse_args(arguments)
     if bool(options.wireserver) != bool(options.imds):
         parser.error("give both --wireserver and --imds, or neither")
-    if not options.wireserver:
+    if not options.wireserver:  # another platform may be anywhere
         tag = chassis_asset_tag()
         if tag != AZURE_CHASSIS_ASSET_TAG:
             log(NOTICE, f'Not on Azure (the chassis asset tag is "{tag}"): nothing to do')
@@ -415,6 +415,6 @@ def main(arguments: List[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a trial without a traceback
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may ignore it: no exit statuses
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # or block it: no timeouts
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, exit statuses are lost
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # if blocked, nothing times out
     sys.exit(main(sys.argv[1:]))

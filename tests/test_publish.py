@@ -160,6 +160,12 @@ class PublishTest(unittest.TestCase):
         self.assert_published("networkctl reconfigure lo")
         self.assertGreater(self.seconds, 0.3)
 
+    def test_time_that_has_run_out_is_no_time_rather_than_no_limit(self) -> None:
+        for seconds in (0, -1):
+            failed = self.assertRaises(azure_provision.ProvisioningError)
+            with failed, azure_provision.time_limit(seconds):
+                time.sleep(30)
+
     def test_more_events_than_the_kernel_can_keep_are_no_failure(self) -> None:
         lost = OSError(errno.ENOBUFS, "No buffer space available")
         with mock.patch.object(Events, "recv", side_effect=lost):
