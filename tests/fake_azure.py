@@ -105,19 +105,22 @@ class Chunked(Text):
 
 
 class Fault:
-    """Send these very bytes, or none; the connection is closed after them."""
+    """Something other than an answer, here nothing; the connection is closed after it."""
 
     status, reason = None, ""
 
-    def __init__(self, answer: bytes = b"") -> None:
+    def __call__(self, handler: "Handler") -> None:
+        """Send nothing."""
+
+
+class Raw(Fault):
+    """Send these very bytes: garbage, half an answer, a forged header."""
+
+    def __init__(self, answer: bytes) -> None:
         self.answer = answer
 
     def __call__(self, handler: "Handler") -> None:
         handler.wfile.write(self.answer)
-
-
-class Raw(Fault):
-    """Garbage, half an answer, a forged header."""
 
 
 class Reset(Fault):
