@@ -223,9 +223,8 @@ class FakeAzure:
         listen: Callable[[Address], socket.socket] = listen,
     ) -> None:
         self.incarnation = "1"
-        self.container_id = str(uuid.uuid4())
+        self.vm_id, self.container_id = str(uuid.uuid4()), str(uuid.uuid4())
         self.instance_id = f"{uuid.uuid4()}.MachineRole_IN_0"
-        self.vm_id = str(uuid.uuid4())
         self.computer_name = "web-prod-01"
         self.vm_name = "web-prod-01-vm"
         self.newest_version = "2025-04-07"  # that IMDS knows

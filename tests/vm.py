@@ -325,7 +325,7 @@ class Boot:
         self.started = time.monotonic()
         outputs, inputs = zip(os.pipe(), os.pipe())
         with self._errors.open("wb") as errors:
-            self._process = subprocess.Popen(
+            self._process: Any = subprocess.Popen(
                 vm.command(*inputs),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -384,7 +384,6 @@ class Boot:
 
     def _order(self, command: str) -> None:
         """Give QEMU a command; it may be gone already."""
-        assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.write(b'{"execute": "%s"}\n' % command.encode("ascii"))
             self._process.stdin.flush()
@@ -428,7 +427,6 @@ class Boot:
 
     def _read_monitor(self) -> None:
         """Read QEMU's events; the stream ends with QEMU."""
-        assert self._process.stdout is not None
         self._order("qmp_capabilities")
         for line in self._process.stdout:
             if json.loads(line.decode("utf-8")).get("event") == "RESET":
