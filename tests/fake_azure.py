@@ -270,10 +270,9 @@ class FakeAzure:
         return [request for request in self.requests if request.resource == resource]
 
     def wait_for(self, resource: str, count: int = 1) -> None:
-        """Wait until RESOURCE has been asked for COUNT times; raises TimeoutError after 30 s."""
+        """Wait, for at most 30 s, until RESOURCE has been asked for COUNT times."""
         with self._arrived:
-            if not self._arrived.wait_for(lambda: len(self.asked(resource)) >= count, 30):
-                raise TimeoutError(f"{resource} was not asked for {count} times")
+            assert self._arrived.wait_for(lambda: len(self.asked(resource)) >= count, 30), resource
 
     def goal_state(self) -> str:
         return GOAL_STATE.format(

@@ -207,8 +207,8 @@ def split_options(options: str) -> List[str]:
     return [option.replace("\0", ",,") for option in options.replace(",,", "\0").split(",")]
 
 
-def run(*command: str) -> str:
-    """The output of a command; raises VMError with its last line if it fails."""
+def run(*command: str, timeout: Optional[float] = None) -> str:
+    """The output of a command; raises VMError with its last line, or TimeoutExpired."""
     process = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -217,6 +217,7 @@ def run(*command: str) -> str:
         encoding="utf-8",
         errors="replace",
         start_new_session=True,  # Ctrl-C is for us alone
+        timeout=timeout,
     )
     if process.returncode:
         raise VMError(clean((process.stderr.strip() or command[0]).splitlines()[-1]))
