@@ -189,17 +189,13 @@ def inspect(path: Path) -> Image:
 
 
 def read_footer(path: Path) -> bytes:
-    """The last sector of the file at PATH; raises VMError if it does not have one."""
-    try:
-        with path.open("rb", 0) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 512, 0))
-            footer = file.read(512)
-    except OSError as error:
-        raise VMError(f"{path}: {error.strerror}") from None
-    if size < 512:
-        raise VMError(f"{path}: not a disk: it has {size} bytes")
-    return footer
+    """The last sector of the file at PATH; raises VMError if there is none."""
+    with path.open("rb", 0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < 512:
+            raise VMError(f"{path}: not a disk: it has {size} bytes")
+        file.seek(size - 512)
+        return file.read(512)
 
 
 def split_options(options: str) -> List[str]:
