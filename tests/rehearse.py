@@ -11,7 +11,6 @@ import math
 import os
 import queue
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,18 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from tests.fake_azure import FakeAzure, Request, Reset, Status
-from tests.vm import (
-    CPU,
-    VM,
-    Boot,
-    Setup,
-    VMError,
-    clean,
-    has_private_network,
-    inspect,
-    read_footer,
-    run,
-)
+from tests.vm import CPU, VM, Boot, Setup, VMError, clean, has_private_network, inspect, run
 
 # The code of EFI firmware without Secure Boot; it keeps its variables in memory.
 FIRMWARE = (
@@ -74,6 +62,7 @@ def find_setup(generation: int) -> Tuple[Setup, str]:
     firmware = next((path for path in FIRMWARE if os.path.exists(path)), "")
     if generation == 2 and not firmware:
         raise VMError("there is no EFI firmware (in Debian: apt install ovmf)")
+    run("qemu-system-x86_64", "--version")
     kvm, private = runs_guest("kvm", KVM_TIMEOUT), has_private_network()
     how = "KVM" if kvm else "plain emulation, as KVM does not run a guest here"
     network = "a private network" if private else "the guest can reach this machine's network"
@@ -450,9 +439,6 @@ def main(arguments: List[str]) -> int:
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, lambda number, frame: signals.append(number))
     try:
-        read_footer(options.image)
-        if not all(map(shutil.which, ("qemu-system-x86_64", "qemu-img"))):
-            raise VMError("no QEMU (in Debian: apt install qemu-system-x86 qemu-utils)")
         found, (setup, how) = check_bootable(options.image), find_setup(options.generation)
         with options.console.open("wb", buffering=0) as console:
             image = clean(str(options.image))

@@ -205,16 +205,20 @@ def split_options(options: str) -> List[str]:
 
 def run(*command: str, timeout: Optional[float] = None) -> str:
     """The output of a command; raises VMError with its last line, or TimeoutExpired."""
-    process = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,  # Ctrl-C is for us alone
-        timeout=timeout,
-    )
+    try:
+        process = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C is for us alone
+            timeout=timeout,
+        )
+    except FileNotFoundError:
+        packages = "in Debian: apt install qemu-system-x86 qemu-utils"
+        raise VMError(f"{command[0]} is not installed ({packages})") from None
     if process.returncode:
         raise VMError(clean((process.stderr.strip() or command[0]).splitlines()[-1]))
     return process.stdout
