@@ -115,12 +115,13 @@ class Rehearsal:
         self.boots: List[Boot] = []  # the first boot of each VM
         self.reboot: Optional[Boot] = None  # the second boot of the second VM
         self.fates: Dict[Boot, str] = {}  # why a VM ended early
-        self._events: Any = queue.Queue()  # of a time, a source and a text
+        self._events: Any = queue.Queue()  # of a time, a source and a text, from any thread
 
     def run(self) -> None:
         """Boot two VMs, and the second one again; stop when nothing more can be learned."""
+        image, name = self.options.image, self.options.name
         for number in range(2):
-            with VM(self.options.image, self.setup, number, self.options.name, self.listen) as vm:
+            with VM(image, self.setup, number, name, lambda *e: self._events.put(e)) as vm:
                 if self.options.faults:
                     add_faults(vm.azure)
                 with self.power_on(vm, f"VM {number + 1}, first boot") as boot:
@@ -133,10 +134,6 @@ class Rehearsal:
                 if number == 1:
                     with self.power_on(vm, "VM 2, second boot") as self.reboot:
                         self.watch(self.reboot, second=True)
-
-    def listen(self, *event: Any) -> None:
-        """Take an event from any thread; the main thread shows it."""
-        self._events.put(event)
 
     @contextlib.contextmanager
     def power_on(self, vm: VM, title: str) -> Iterator[Boot]:
