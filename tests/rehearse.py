@@ -62,7 +62,7 @@ def find_setup(generation: int) -> Tuple[Setup, str]:
     firmware = next((path for path in FIRMWARE if os.path.exists(path)), "")
     if generation == 2 and not firmware:
         raise VMError("there is no EFI firmware (in Debian: apt install ovmf)")
-    run("qemu-system-x86_64", "--version")
+    run("qemu-system-x86_64", "--version")  # raises VMError if there is none
     kvm, private = runs_guest("kvm", KVM_TIMEOUT), has_private_network()
     how = "KVM" if kvm else "plain emulation, as KVM does not run a guest here"
     network = "a private network" if private else "the guest can reach this machine's network"
