@@ -20,7 +20,6 @@ import re
 import socket
 import socketserver
 import struct
-import sys
 import threading
 import time
 import uuid
@@ -38,34 +37,22 @@ GOAL_STATE = """\
 xsi:noNamespaceSchemaLocation="goalstate10.xsd">
   <Version>{version}</Version>
   <Incarnation>{incarnation}</Incarnation>
-  <Machine>
-    <ExpectedState>Started</ExpectedState>
-    <StopRolesDeadlineHint>300000</StopRolesDeadlineHint>
-    <LBProbePorts><Port>16001</Port></LBProbePorts>
-    <ExpectHealthReport>FALSE</ExpectHealthReport>
-  </Machine>
+  <Machine><ExpectedState>Started</ExpectedState></Machine>
   <Container>
     <ContainerId>{container_id}</ContainerId>
-    <RoleInstanceList>
-      <RoleInstance>
-        <InstanceId>{instance_id}</InstanceId>
-        <State>Started</State>
-        <Configuration>
-          <Certificates>http://168.63.129.16:80/machine/{container_id}/x?comp=certificates&amp;\
-incarnation={incarnation}</Certificates>
-        </Configuration>
-      </RoleInstance>
-    </RoleInstanceList>
+    <RoleInstanceList><RoleInstance>
+      <InstanceId>{instance_id}</InstanceId><State>Started</State><Configuration/>
+    </RoleInstance></RoleInstanceList>
   </Container>
 </GoalState>
 """
 
 
 class Request(NamedTuple):
-    """One request, as it arrived; `time` is of the monotonic clock, `resource` what it asked."""
+    """One request, as it arrived."""
 
-    time: float
-    resource: str
+    time: float  # of the monotonic clock
+    resource: str  # the last part of what it asks for: "goalstate", "health", "compute"
     method: str
     path: str
     headers: Dict[str, str]
@@ -102,10 +89,6 @@ class Text(Status):
 
     def __init__(self, body: Union[bytes, str]) -> None:
         super().__init__(200, body)
-
-
-class ReadyAccepted(Status):
-    """Accept the report that the VM is ready."""
 
 
 class Chunked(Text):
@@ -195,7 +178,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         resource, answer = self.azure.answer(self, body)
         asked = (time.monotonic(), resource, self.command, self.path, dict(self.headers), body)
-        self.azure.record(Request(*asked, answer.status, answer.reason), answer)
+        self.azure.record(Request(*asked, answer.status, answer.reason))
         self.close_connection = self.close_connection or isinstance(answer, Fault)
         with contextlib.suppress(OSError):  # the client hung up
             answer(self)
@@ -211,6 +194,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, listening: socket.socket, handler: type) -> None:
         socketserver.BaseServer.__init__(self, listening.getsockname(), handler)
         self.socket = listening
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a client that hung up."""
@@ -239,20 +223,17 @@ class FakeAzure:
         listen: Callable[[Address], socket.socket] = listen,
     ) -> None:
         self.incarnation = "1"
-        self.container_id = str(uuid.uuid4())
+        self.vm_id, self.container_id = str(uuid.uuid4()), str(uuid.uuid4())
         self.instance_id = f"{uuid.uuid4()}.MachineRole_IN_0"
-        self.vm_id = str(uuid.uuid4())
-        # The part of the instance metadata that names the VM; a value of None is not there.
-        self.computer_name: Optional[str] = "web-prod-01"
-        self.vm_name: Optional[str] = "web-prod-01-vm"
-        self.oldest_version, self.newest_version = "2017-03-01", "2025-04-07"  # that IMDS knows
+        self.computer_name = "web-prod-01"
+        self.vm_name = "web-prod-01-vm"
+        self.newest_version = "2025-04-07"  # that IMDS knows
         self.mac_address = "525400123456"
         self.ready = threading.Event()  # a valid health report has arrived
         self.closing = threading.Event()
         self.requests: List[Request] = []
         self.on_request: Callable[[Request], None] = lambda request: None
-        self._scripts: Dict[str, List[Answer]] = {}
-        self._forever: Dict[str, Optional[Answer]] = {}
+        self._scripts: Dict[str, Tuple[List[Answer], Optional[Answer]]] = {}
         self._arrived = threading.Condition()
         self._servers = []
         for role, address in (("wireserver", wireserver), ("imds", imds)):
@@ -263,13 +244,8 @@ class FakeAzure:
         )
 
     def __enter__(self) -> "FakeAzure":
-        """Start to serve."""
-        self._threads = [
-            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-            for server in self._servers
-        ]
-        for thread in self._threads:
-            thread.start()
+        for server in self._servers:
+            server.thread.start()
         return self
 
     def __exit__(self, *args: Any) -> None:
@@ -278,32 +254,27 @@ class FakeAzure:
         for server in self._servers:
             server.shutdown()
             server.server_close()
-        for thread in self._threads:
-            thread.join()
+            server.thread.join()
 
     def script(
         self, resource: str, answers: Sequence[Answer], forever: Optional[Answer] = None
     ) -> None:
         """Have the next requests for RESOURCE answered with ANSWERS, one each, then with FOREVER.
 
-        RESOURCE is the last part of what is asked for: "goalstate", "health", "compute". Without
-        FOREVER the platform's own answer follows.
+        Without FOREVER the platform's own answer follows.
         """
-        self._scripts[resource] = list(answers)
-        self._forever[resource] = forever
+        self._scripts[resource] = (list(answers), forever)
 
     def asked(self, resource: str) -> List[Request]:
         """The requests for RESOURCE so far."""
         return [request for request in self.requests if request.resource == resource]
 
-    def wait_for(self, resource: str, count: int = 1, timeout: float = 30) -> None:
-        """Wait until RESOURCE has been asked for COUNT times; raises TimeoutError."""
+    def wait_for(self, resource: str, count: int = 1) -> None:
+        """Wait, for at most 30 s, until RESOURCE has been asked for COUNT times."""
         with self._arrived:
-            if not self._arrived.wait_for(lambda: len(self.asked(resource)) >= count, timeout):
-                raise TimeoutError(f"{resource} was not asked for {count} times in {timeout} s")
+            assert self._arrived.wait_for(lambda: len(self.asked(resource)) >= count, 30), resource
 
     def goal_state(self) -> str:
-        """The goal state of this VM."""
         return GOAL_STATE.format(
             version=WIRESERVER_VERSION,
             incarnation=self.incarnation,
@@ -311,12 +282,10 @@ class FakeAzure:
             instance_id=self.instance_id,
         )
 
-    def record(self, request: Request, answer: Answer) -> None:
+    def record(self, request: Request) -> None:
         """Add REQUEST to the record, and tell those who wait for it."""
         with self._arrived:
             self.requests.append(request)
-            if isinstance(answer, ReadyAccepted):
-                self.ready.set()
             self.on_request(request)
             self._arrived.notify_all()
 
@@ -324,19 +293,20 @@ class FakeAzure:
         """The resource that a request asks for, and what it is to be answered."""
         url = urlsplit(handler.path)
         path, query = url.path.rstrip("/"), dict(parse_qsl(url.query))
-        answer: Answer
         if handler.role == "imds":
-            resource, answer = path.rsplit("/", 1)[-1], self._imds(handler, path, query)
+            resource = path.rsplit("/", 1)[-1]
         else:
-            resource = query.get("comp", "unknown")
-            if path != "/machine" and (path, resource) != ("", "versions"):
-                resource = "unknown"
-            answer = self._wireserver(handler, path, resource, body)
-        script = self._scripts.get(resource)
-        return resource, script.pop(0) if script else self._forever.get(resource) or answer
+            resource = query.get("comp", "") if path in ("", "/machine") else "unknown"
+        answers, forever = self._scripts.get(resource, ([], None))
+        answer = answers.pop(0) if answers else forever
+        if answer:
+            return resource, answer
+        if handler.role == "imds":
+            return resource, self._imds(handler, path, query)
+        return resource, self._wireserver(handler, resource, body)
 
-    def _wireserver(self, handler: Handler, path: str, resource: str, body: bytes) -> Answer:
-        if (path, resource) == ("", "versions"):
+    def _wireserver(self, handler: Handler, resource: str, body: bytes) -> Status:
+        if resource == "versions":
             version = f"<Version>{WIRESERVER_VERSION}</Version>"
             return Text(f"<Versions><Supported>{version}</Supported></Versions>")
         method = {"goalstate": "GET", "health": "POST"}.get(resource)
@@ -350,7 +320,7 @@ class FakeAzure:
             return self._health(handler, body)
         return Status(200, self.goal_state(), {"Content-Type": "text/xml; charset=utf-8"})
 
-    def _health(self, handler: Handler, body: bytes) -> Answer:
+    def _health(self, handler: Handler, body: bytes) -> Status:
         if not handler.headers.get("Content-Type", "").startswith("text/xml"):
             return Status(415, "the Content-Type is not text/xml")
         try:
@@ -359,29 +329,28 @@ class FakeAzure:
             return Status(400, f"the health report is not valid XML: {error}")
         role = "Container/RoleInstanceList/Role"
         state = health.findtext(f"{role}/Health/State")
-        if health.tag != "Health" or state not in ("Ready", "NotReady"):
+        if state not in ("Ready", "NotReady"):
             return Status(400, "not a health report")
-        if health.findtext("Container/ContainerId") != self.container_id:
-            return Status(400, "not this VM's ContainerId")
-        if health.findtext(f"{role}/InstanceId") != self.instance_id:
-            return Status(400, "not this VM's InstanceId")
-        if health.findtext("GoalStateIncarnation") != self.incarnation:
-            return Status(410, "not the incarnation of the goal state")
-        return ReadyAccepted(200) if state == "Ready" else Status(200)
+        for path, expected, status in (
+            ("Container/ContainerId", self.container_id, 400),
+            (f"{role}/InstanceId", self.instance_id, 400),
+            ("GoalStateIncarnation", self.incarnation, 410),
+        ):
+            if health.findtext(path) != expected:
+                return Status(status, f"not the {path.split('/')[-1]} of the goal state")
+        if state == "Ready":
+            self.ready.set()
+        return Status(200)
 
-    def _imds(self, handler: Handler, path: str, query: Dict[str, str]) -> Answer:
+    def _imds(self, handler: Handler, path: str, query: Dict[str, str]) -> Status:
         if handler.command != "GET":
             return Status(405, "not a GET")
         if handler.headers.get("Metadata", "").lower() != "true":
             return Status(400, "Required metadata header not specified")
-        if "X-Forwarded-For" in handler.headers:
-            return Status(400, "IMDS is not to be asked through a proxy")
         version = query.get("api-version", "")
-        if not self.oldest_version <= version <= self.newest_version:
-            error = "Bad request. api-version is invalid or was not specified in the request."
-            body = {"error": error, "newest-versions": [self.newest_version]}
-            return Status(400, json.dumps(body))
-        value: Any = self.metadata(version)
+        if not "2017-03-01" <= version <= self.newest_version:
+            return Status(400, "api-version is invalid or was not specified in the request")
+        value: Any = self._metadata(version)
         for name in path.strip("/").split("/"):
             value = value.get(name) if isinstance(value, dict) else None
         if value is None:
@@ -389,31 +358,27 @@ class FakeAzure:
         if query.get("format") == "text":
             text = value if isinstance(value, str) else "\n".join(value)
             return Status(200, text, {"Content-Type": "text/plain; charset=utf-8"})
-        headers = {"Content-Type": "application/json; charset=utf-8"}
-        return Status(200, json.dumps(value), headers)
+        return Status(200, json.dumps(value), {"Content-Type": "application/json; charset=utf-8"})
 
-    def metadata(self, version: str) -> Dict[str, Any]:
+    def _metadata(self, version: str) -> Dict[str, Any]:
         """The metadata tree of this VM as api-version VERSION has it."""
         compute: Dict[str, Any] = {
             "azEnvironment": "AzurePublicCloud",
             "location": "westeurope",
+            "name": self.vm_name,
             "osType": "Linux",
             "publicKeys": [],
             "vmId": self.vm_id,
             "vmSize": "Standard_D2s_v5",
         }
-        if self.vm_name is not None:
-            compute["name"] = self.vm_name
-        if version >= "2020-07-15" and self.computer_name is not None:
+        if version >= "2020-07-15":
             compute["osProfile"] = {
                 "adminUsername": "azureuser",
                 "computerName": self.computer_name,
                 "disablePasswordAuthentication": "true",
             }
-        ipv4 = {
-            "ipAddress": [{"privateIpAddress": "10.0.0.4", "publicIpAddress": ""}],
-            "subnet": [{"address": "10.0.0.0", "prefix": "24"}],
-        }
+        addresses = [{"privateIpAddress": "10.0.0.4", "publicIpAddress": ""}]
+        ipv4 = {"ipAddress": addresses, "subnet": [{"address": "10.0.0.0", "prefix": "24"}]}
         interface = {"ipv4": ipv4, "ipv6": {"ipAddress": []}, "macAddress": self.mac_address}
         network = {"interface": [interface]}
         return {"metadata": {"instance": {"compute": compute, "network": network}}}
@@ -433,32 +398,24 @@ def address(text: str) -> Address:
     return host, int(port)
 
 
-def main() -> int:
-    """Serve until Ctrl-C; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python3 -m tests.fake_azure", description=str(__doc__).split("\n")[0]
-    )
+def main() -> None:
+    """Serve until Ctrl-C."""
+    parser = argparse.ArgumentParser("python3 -m tests.fake_azure", description=__doc__)
     listening = []
-    names = {"wireserver": "127.0.0.1:8080", "imds": "127.0.0.1:8081"}
-    for name, default in names.items():
+    for name, default in (("wireserver", "127.0.0.1:8080"), ("imds", "127.0.0.1:8081")):
         parser.add_argument(f"--{name}", default=default, metavar="HOST:PORT", type=address)
-    options = parser.parse_args()
-    for name in names:
-        host, port = getattr(options, name)
+    for name, (host, port) in vars(parser.parse_args()).items():
         try:
             listening.append(listen((host, port)))
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            print(f"cannot listen at {host}:{port} (--{name}): {reason}", file=sys.stderr)
-            return 2
+            parser.error(f"cannot listen at {host}:{port} (--{name}): {reason}")
     with FakeAzure(listen=lambda _: listening.pop(0)) as azure:
         azure.on_request = lambda request: print(describe(request), flush=True)
         print(f"WireServer {azure.wireserver}, IMDS {azure.imds}; Ctrl-C stops it", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             azure.closing.wait()
-    print()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -21,7 +21,7 @@ from tests.vm import DhcpRequest, Setup, clean, parse_dhcp, split_options
 
 def frame(*options: Tuple[int, bytes], kind: int = 3) -> bytes:
     """An Ethernet frame with a DHCP message, as a client sends it."""
-    message = bytes([1, 1, 6, 0]) + bytes(232) + b"\x63\x82\x53\x63" + bytes([53, 1, kind])
+    message = bytes([1, 1, 6, 0]) + bytes(232) + b"\x63\x82\x53\x63\0" + bytes([53, 1, kind])
     message += b"".join(bytes([code, len(value)]) + value for code, value in options) + b"\xff"
     udp = struct.pack("!4H", 68, 67, 8 + len(message), 0)
     ip = bytes([0x45, 0]) + bytes(7) + bytes([17]) + bytes(10)
@@ -33,12 +33,6 @@ class DhcpTest(unittest.TestCase):
         request = parse_dhcp(frame(*options), 1.5)
         assert request is not None
         return request
-
-    def test_request_is_read(self) -> None:
-        self.assertEqual(
-            self.parsed((12, b"web-prod-01"), (60, b"udhcp 1.35")),
-            DhcpRequest(1.5, "REQUEST", "web-prod-01", "udhcp 1.35"),
-        )
 
     def test_name_is_option_12_or_else_81_and_cannot_forge_terminal_output(self) -> None:
         wire = (81, b"\5\0\0\3web\7example\0")
@@ -53,16 +47,15 @@ class DhcpTest(unittest.TestCase):
 
     def test_clients_are_told_apart(self) -> None:
         networkd = (61, bytes.fromhex("ffb6220feb00020000ab11"))
-        dhclient = (61, bytes.fromhex("ff3a000001000100013296fb3b000d3a000001"))
         for options, client in (
             ([networkd, (55, bytes([1, 3, 12]))], "systemd-networkd"),
             ([(61, b"\1abcdef"), (55, bytes([1, 28, 249]))], "NetworkManager"),
-            ([dhclient, (55, bytes([1, 28, 2, 3]))], "dhclient"),
+            ([(61, b"\xff:\0\0\1\0\1\1"), (55, bytes([1, 28, 2, 3]))], "dhclient"),
             ([(61, b"\1abcdef")], "an unknown client"),
             ([networkd, (60, b"dhcpcd-9.4.1:Linux")], "dhcpcd-9.4.1:Linux"),
         ):
             with self.subTest(client):
-                self.assertEqual(self.parsed(*options).client, client)
+                self.assertEqual(self.parsed(*options), DhcpRequest(1.5, "REQUEST", "", client))
 
     def test_truncated_frame_is_ignored_or_read(self) -> None:
         whole = frame((12, b"web"), (81, b"\4\0\0\3web\0"), (61, b"\xff"))
@@ -95,7 +88,6 @@ class TextTest(unittest.TestCase):
 
 
 READY = b"<Health><State>Ready</State></Health>"
-NOT_READY = READY.replace(b"Ready", b"NotReady")
 SOUND = "goalstate 200\nhealth 200\ncompute 200"
 
 
@@ -136,19 +128,19 @@ class VerdictTest(unittest.TestCase):
         sound, named = FakeBoot("golden myset000000", SOUND), FakeBoot("myset000000")
         twice = FakeBoot("golden myset000000", SOUND + "\nhealth 200")
         late, golden = FakeBoot("golden", SOUND), FakeBoot("golden")
-        silent, firmware = FakeBoot(console=""), FakeBoot(console="BdsDxe: failed to load")
+        firmware = FakeBoot(console="BdsDxe: failed to load")
         asks_again = FakeBoot("myset000000", "goalstate 200")
         refused = FakeBoot("golden", "goalstate 400 no header")
         rejected = FakeBoot("golden", "goalstate 200\nhealth 400 not this VM's ContainerId")
-        not_ready = FakeBoot("golden", "goalstate 200", request("health", "200", body=NOT_READY))
+        report = request("health", "200", body=b"<Health><State>NotReady</State></Health>")
+        not_ready = FakeBoot("golden", "goalstate 200", report)
         asks_name = FakeBoot("golden", "goalstate 200\nhealth 200\nname 200")
         other_agent = request("goalstate", "200", {"User-Agent": "Cloud-Init/22.4.2"})
         two_agents = FakeBoot("golden myset000000", SOUND, other_agent)
-        cases: List[Tuple[List[FakeBoot], Optional[FakeBoot], List[str]]] = [
+        cases: Any = [
             ([sound, sound], named, []),
             ([FakeBoot()], None, ["asks DHCP: .* within 60 s: there is no .* another MAC"]),
-            ([silent], None, ["asks DHCP: .* boot\\? try --generation 2", "speaks .*=ttyS0"]),
-            ([firmware], None, ["asks DHCP: .* does it boot", "speaks on the console: "]),
+            ([firmware], None, ["asks DHCP: .* boot\\? try --generation 2", "speaks .*=ttyS0"]),
             ([golden], None, ["requests the goal state: .* unit is not enabled .* firewall"]),
             ([refused], None, ["requests the .*: refused: no header$", "reports .* within 60 s"]),
             ([rejected], None, ["reports Ready once: rejected with status 400: not this VM's Con"]),
@@ -156,13 +148,8 @@ class VerdictTest(unittest.TestCase):
             ([twice, twice], named, ["reports Ready once: it reported Ready 2 times$"]),
             ([asks_name], None, ["takes the computer name: .* for /metadata/instance/name, not"]),
             ([FakeBoot("myset0", SOUND)], None, ["takes the computer name: it took myset0,"]),
-            ([FakeBoot("myset_0", SOUND)], None, ["takes the computer name: it took myset_0,"]),
-            ([late, late], named, ["publishes it .*: only after a reboot; .*dhclient.* 'golden'"]),
-            (
-                [late, late],
-                golden,
-                ["publishes .*: not even", "silent .*'golden', not 'myset000000'"],
-            ),
+            ([late, late], named, ["publishes it .*: not before a reboot; .*dhclient.* 'golden'"]),
+            ([late, late], golden, ["publishes .*", "silent .*'golden', not 'myset000000'"]),
             ([sound, sound], sound, ["silent after a reboot: it reported Ready again: the unit"]),
             ([sound, sound], asks_again, ["silent after a reboot: it asks the WireServer"]),
             ([sound, sound], FakeBoot(), ["silent after a reboot: no DHCP request within 60 s"]),
@@ -185,7 +172,6 @@ class VerdictTest(unittest.TestCase):
             ([sound, sound], "It will provision."),
             ([unnamed, unnamed], "It will provision, but not correctly."),
             ([sound, FakeBoot("golden")], "It will not provision."),
-            ([FakeBoot("golden")], "It will not provision."),
         ):
             self.assertEqual(verdict(boots, FakeBoot("myset000000"))[1][-1], result)
 
@@ -204,7 +190,6 @@ class VerdictTest(unittest.TestCase):
         """It began at 100 s, asked DHCP at 110 s, Azure at 120 s."""
         for second, name, asked, prompt, until in (
             (False, "golden", "", 0, math.inf),
-            (False, "golden", SOUND, 0, 140),
             (False, "myset000000", SOUND, 0, 140),
             (False, "myset000000", SOUND, 128, 133),
             (False, "golden", "", 104, 120),
@@ -230,66 +215,46 @@ class CommandLineTest(unittest.TestCase):
     def setUp(self) -> None:
         directory = tempfile.TemporaryDirectory(prefix="rehearse, ")
         self.addCleanup(directory.cleanup)
-        self.directory = Path(directory.name)
+        self.image = str(Path(directory.name, "image"))
+        Path(self.image).write_bytes(bytes(512))
 
-    def rehearse(self, *arguments: str, **environment: str) -> Tuple[int, str, str]:
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.rehearse", *arguments],
-            cwd=str(ROOT),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            env=dict(os.environ, **environment),
-            timeout=60,
-        )
-        return process.returncode, process.stdout, process.stderr
-
-    def assert_refused(self, reason: str, *arguments: str, **environment: str) -> None:
-        """It ends with status 2 and one line."""
+    def assert_refused(self, reason: str, *arguments: str) -> None:
+        """It ends with status 2 and REASON in the last line, on a PATH without QEMU."""
         with self.subTest(arguments=arguments):
-            status, output, errors = self.rehearse(*arguments, **environment)
-            self.assertEqual((status, output), (2, ""), errors)
-            self.assertRegex(errors, rf"\Apython3 -m tests\.rehearse: .*{reason}.*\n\Z")
+            process = subprocess.run(
+                [sys.executable, "-m", "tests.rehearse", *arguments],
+                cwd=str(ROOT),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                env=dict(os.environ, PATH="/nowhere"),
+                timeout=60,
+            )
+            self.assertEqual((process.returncode, process.stdout), (2, ""), process.stderr)
+            last = process.stderr.splitlines()[-1]
+            self.assertRegex(last, rf"^python3 -m tests\.rehearse: error: .*{reason}")
 
-    def test_usage_error_is_one_line(self) -> None:
+    def test_usage_error_is_told_in_the_last_line(self) -> None:
         for reason, words in (
-            ("IMAGE", ""),
-            ("invalid choice: 3", "--generation 3 x"),
-            ("not a number from", "--timeout 0 x"),
-            ("invalid int value: '1e9'", "--timeout 1e9 x"),
-            ("not a number from", "--memory -1 x"),
-            ("not the beginning of a hostname", "--name my_set x"),
-            ("unrecognized arguments", "--acc tcg x"),
-            ("invalid choice: 'hvf'", "--accel hvf x"),
+            ("required: IMAGE", []),
+            ("invalid choice: 3", ["--generation=3", "x"]),
+            ("not the beginning of a hostname", ["--name=my_set", "x"]),
+            ("unrecognized arguments", ["--time=1", "x"]),
+            ("--console: it is IMAGE", [f"--console={self.image}", self.image]),
         ):
-            self.assert_refused(reason, *words.split())
+            self.assert_refused(reason, *words)
 
-    def test_image_that_cannot_be_used_is_one_line(self) -> None:
-        os.mkfifo(str(self.directory / "fifo"))
-        (self.directory / "empty").touch()
+    def test_reason_why_an_image_cannot_be_rehearsed_is_one_line(self) -> None:
+        small = self.image + "\x1b[2J\nsmall"
+        Path(small).touch()
         for reason, image in (
-            ("/nowhere: No such file or directory", "/nowhere"),
-            ("-x: No such file or directory", "-x"),
-            ("a: No such file", "/nowhere/\x1b[2J\na"),
-            ("neither a file nor a block device", "."),
-            ("neither a file nor a block device", "fifo"),
-            ("not a disk: it has 0 bytes", "empty"),
+            ("No such file or directory: '/nowhere'$", "/nowhere"),
+            ("Is a directory", "."),
+            ("image.small: not a disk: it has 0 bytes", small),
+            ("apt install qemu-system-x86", self.image),
         ):
-            where = "" if "/" in image or "-" in image else f"{self.directory}/"
-            self.assert_refused(reason, "--", where + image)
-
-    def test_missing_qemu_names_its_package_if_there_is_an_image(self) -> None:
-        image = self.directory / "image"
-        self.assert_refused("No such file or directory", str(image), PATH=str(self.directory))
-        image.write_bytes(bytes(512))
-        self.assert_refused("apt install qemu-system-x86", str(image), PATH=str(self.directory))
-
-    def test_help_lists_every_option(self) -> None:
-        status, output, _ = self.rehearse("--help")
-        self.assertEqual(status, 0)
-        for option in ["generation", "name", "timeout", "memory", "faults", "console", "accel"]:
-            self.assertIn(f"--{option}", output)
+            self.assert_refused(reason, image)
 
 
 if __name__ == "__main__":

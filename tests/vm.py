@@ -11,27 +11,24 @@ Times are in seconds of the monotonic clock.
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import json
 import os
 import re
 import shlex
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import uuid
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from azure_provision import AZURE_CHASSIS_ASSET_TAG, IMDS, WIRESERVER
 from tests.fake_azure import Address, FakeAzure, Request, describe
-
-MAX_CONSOLE = 4 * 1024 * 1024  # bytes that are kept of one boot
 
 # QEMU's user-mode network covers both of the platform's addresses. A connection to either starts a
 # relay, which hands it over to the fake and ends.
@@ -47,8 +44,6 @@ CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000  # unshare(2)
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1  # netdevice(7)
 
-Listener = Callable[[float, str, str], None]
-
 
 class VMError(Exception):
     """The VM cannot be made or started; the message says why, in one line."""
@@ -63,11 +58,7 @@ class Door(socket.socket):
     def __init__(self, directory: Path, address: Address) -> None:
         super().__init__(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.address = address
-        opened = os.open(str(directory), os.O_RDONLY)
-        try:  # a path has at most 107 bytes, and the directory's may be longer: unix(7)
-            self.bind(f"/proc/self/fd/{opened}/{address[0]}")
-        finally:
-            os.close(opened)
+        self.bind(str(directory / address[0]))
 
     def getsockname(self) -> Address:
         return self.address
@@ -84,24 +75,17 @@ def enter_private_network() -> None:
     Raises OSError if the kernel does not let this user have one.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    uid, gid = os.geteuid(), os.getegid()
-    if libc.unshare(CLONE_NEWNET):
-        if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "unshare")
-        Path("/proc/self/setgroups").write_text("deny")  # user_namespaces(7)
-        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
-        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    if libc.unshare(CLONE_NEWNET) and libc.unshare(CLONE_NEWUSER | CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "unshare")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
 
 
 def has_private_network() -> bool:
     """Whether this user may have a network namespace."""
-    try:
-        subprocess.check_call(["true"], preexec_fn=enter_private_network)
-        return True
-    except (OSError, subprocess.SubprocessError):
-        return False
+    with contextlib.suppress(subprocess.SubprocessError):
+        return subprocess.call(["true"], preexec_fn=enter_private_network) == 0
+    return False
 
 
 def die_with_parent() -> None:
@@ -122,25 +106,22 @@ class DhcpRequest(NamedTuple):
 
 
 KINDS = {b"\1": "DISCOVER", b"\3": "REQUEST", b"\x08": "INFORM"}  # option 53
+PADDING, END = 0, 255
 
 
 def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
     """The message of a DHCP client in an Ethernet frame; None if it is something else."""
-    if len(frame) < 34 or frame[12:14] != b"\x08\x00" or frame[23] != socket.IPPROTO_UDP:
+    if frame[12:14] != b"\x08\x00" or frame[23:24] != b"\x11":  # not UDP over IPv4
         return None
     udp = 14 + 4 * (frame[14] & 15)
     message = frame[udp + 8 :]
     if frame[udp + 2 : udp + 4] != b"\x00\x43" or message[236:240] != b"\x63\x82\x53\x63":
         return None
-    options: Dict[int, bytes] = {}
-    position = 240
-    while position + 1 < len(message) and message[position] != 255:
-        if message[position] == 0:  # padding
-            position += 1
-            continue
-        end = position + 2 + message[position + 1]
-        options[message[position]] = message[position + 2 : end]
-        position = end
+    options = {}
+    rest = iter(message[240:])
+    for code in itertools.takewhile(lambda code: code != END, rest):
+        if code != PADDING:
+            options[code] = bytes(itertools.islice(rest, next(rest, 0)))
     kind = KINDS.get(options.get(53, b""))
     if not kind or options.get(60, b"").startswith(b"PXEClient"):  # the firmware, not the image
         return None
@@ -152,11 +133,8 @@ def fqdn(option: bytes) -> bytes:
     """The name in option 81, which is ASCII or in DNS's wire format: RFC 4702."""
     if not option[:1] or not option[0] & 4:
         return option[3:]
-    labels, position = [], 3
-    while position < len(option) and option[position]:
-        labels.append(option[position + 1 : position + 1 + option[position]])
-        position += 1 + option[position]
-    return b".".join(labels)
+    rest = iter(option[3:])
+    return b".".join(bytes(itertools.islice(rest, length)) for length in rest if length)
 
 
 def dhcp_client(options: Dict[int, bytes]) -> str:
@@ -211,20 +189,13 @@ def inspect(path: Path) -> Image:
 
 
 def read_footer(path: Path) -> bytes:
-    """The last sector of the file at PATH; raises VMError if it does not have one."""
-    try:
-        kind = path.stat().st_mode
-        if not stat.S_ISREG(kind) and not stat.S_ISBLK(kind):
-            raise VMError(f"{path}: not a disk: neither a file nor a block device")
-        with open(str(path), "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 512, 0))
-            footer = file.read(512)
-    except OSError as error:
-        raise VMError(f"{path}: {error.strerror}") from None
-    if size < 512:
-        raise VMError(f"{path}: not a disk: it has {size} bytes")
-    return footer
+    """The last sector of the file at PATH; raises VMError if there is none."""
+    with path.open("rb", 0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < 512:
+            raise VMError(f"{path}: not a disk: it has {size} bytes")
+        file.seek(size - 512)
+        return file.read(512)
 
 
 def split_options(options: str) -> List[str]:
@@ -232,8 +203,8 @@ def split_options(options: str) -> List[str]:
     return [option.replace("\0", ",,") for option in options.replace(",,", "\0").split(",")]
 
 
-def run(*command: str) -> str:
-    """The output of a command; raises VMError with its last line if it fails."""
+def run(*command: str, timeout: Optional[float] = None) -> str:
+    """The output of a command; raises VMError with its last line, or TimeoutExpired."""
     try:
         process = subprocess.run(
             command,
@@ -243,9 +214,11 @@ def run(*command: str) -> str:
             encoding="utf-8",
             errors="replace",
             start_new_session=True,  # Ctrl-C is for us alone
+            timeout=timeout,
         )
-    except OSError as error:
-        raise VMError(f"{command[0]}: {error.strerror}") from None
+    except FileNotFoundError:
+        packages = "in Debian: apt install qemu-system-x86 qemu-utils"
+        raise VMError(f"{command[0]} is not installed ({packages})") from None
     if process.returncode:
         raise VMError(clean((process.stderr.strip() or command[0]).splitlines()[-1]))
     return process.stdout
@@ -262,7 +235,6 @@ class Setup(NamedTuple):
     generation: int = 1
     accelerator: str = "tcg"  # or "kvm"
     private: bool = True  # in a network of its own
-    memory: int = 1024  # MiB
     firmware: str = "/usr/share/OVMF/OVMF_CODE_4M.fd"  # of generation 2
 
 
@@ -279,32 +251,28 @@ class VM:
         setup: Setup = Setup(),  # noqa: B008
         number: int = 0,
         name: str = "rehearsal",
-        listener: Listener = lambda at, source, text: None,
+        listener: Callable[[float, str, str], None] = lambda at, source, text: None,
     ) -> None:
         self.setup, self.listener = setup, listener
         self.image = inspect(image)
-        self.uuid = str(uuid.uuid4())
         self.mac = f"00:0d:3a:00:00:{number + 1:02x}"  # one of Microsoft's
         self.names = (f"{name}_{number}", f"{name}{number:06}")  # as in a scale set
 
     def __enter__(self) -> "VM":
-        with contextlib.ExitStack() as undo:
-            directory = tempfile.TemporaryDirectory(prefix="azure-vm-")
-            self.directory = Path(undo.enter_context(directory))
-            run("qemu-img", "create", "-q", "-f", "qcow2", self.path("disk"), str(self.image.size))
-            Path(self.path("relay.py")).write_text(RELAY)
-            self.azure = FakeAzure(
-                (WIRESERVER, 80), (IMDS, 80), listen=lambda address: Door(self.directory, address)
-            )
-            self.azure.vm_name, self.azure.computer_name = self.names
-            self.azure.vm_id = self.uuid
-            self.azure.mac_address = self.mac.replace(":", "").upper()
-            undo.enter_context(self.azure)
-            self._undo = undo.pop_all()
+        self._directory = tempfile.TemporaryDirectory(prefix="azure-vm-")
+        self.directory = Path(self._directory.name)
+        run("qemu-img", "create", "-q", "-f", "qcow2", self.path("disk"), str(self.image.size))
+        Path(self.path("relay.py")).write_text(RELAY)
+        addresses = ((WIRESERVER, 80), (IMDS, 80))
+        self.azure = FakeAzure(*addresses, listen=lambda address: Door(self.directory, address))
+        self.azure.vm_name, self.azure.computer_name = self.names
+        self.azure.mac_address = self.mac.replace(":", "").upper()
+        self.azure.__enter__()
         return self
 
     def __exit__(self, *args: Any) -> None:
-        self._undo.close()
+        self.azure.__exit__()
+        self._directory.cleanup()
 
     def path(self, name: str) -> str:
         return str(self.directory / name)
@@ -316,8 +284,7 @@ class VM:
     def command(self, console: int, packets: int) -> List[str]:
         """The command line of QEMU, which runs in the VM's directory."""
         setup = self.setup
-        relay = " ".join(shlex.quote(word) for word in (sys.executable, "-I", "-S", "relay.py"))
-        relay = relay.replace(",", ",,")
+        relay = f"{shlex.quote(sys.executable)} -I -S relay.py".replace(",", ",,")
         forward = "".join(
             f",guestfwd=tcp:{address}:80-cmd:{relay} {address}" for address in (WIRESERVER, IMDS)
         )
@@ -328,9 +295,9 @@ class VM:
             "qemu-system-x86_64",
             *("-nodefaults", "-no-user-config", "-display", "none", "-device", "VGA"),
             *CPU[setup.accelerator],
-            *("-machine", "pc" if setup.generation == 1 else "q35", "-m", str(setup.memory)),
+            *("-machine", "pc" if setup.generation == 1 else "q35", "-m", "1024"),
             *(("-drive", flash) if setup.generation == 2 else ()),
-            *("-uuid", self.uuid, "-smbios", f"type=3,asset={AZURE_CHASSIS_ASSET_TAG}"),
+            *("-uuid", self.azure.vm_id, "-smbios", f"type=3,asset={AZURE_CHASSIS_ASSET_TAG}"),
             *("-chardev", "stdio,id=monitor,signal=off", "-mon", "monitor,mode=control"),
             *("-chardev", f"file,id=console,path=/dev/fd/{console}", "-serial", "chardev:console"),
             *("-netdev", f"user,id=net,{NETWORK}{forward}"),
@@ -358,21 +325,19 @@ class Boot:
         vm.azure.on_request = self._record
         self.started = time.monotonic()
         outputs, inputs = zip(os.pipe(), os.pipe())
-        try:
-            with open(str(self._errors), "wb") as errors:
-                self._process = subprocess.Popen(
-                    vm.command(*inputs),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    cwd=str(vm.directory),
-                    pass_fds=inputs,
-                    start_new_session=True,  # Ctrl-C is for us alone
-                    preexec_fn=self._before_qemu,
-                )
-        finally:
-            for descriptor in inputs:
-                os.close(descriptor)
+        with self._errors.open("wb") as errors:
+            self._process: Any = subprocess.Popen(
+                vm.command(*inputs),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd=str(vm.directory),
+                pass_fds=inputs,
+                start_new_session=True,  # Ctrl-C is for us alone
+                preexec_fn=self._before_qemu,
+            )
+        for descriptor in inputs:
+            os.close(descriptor)
         self._threads = [
             threading.Thread(target=self._read_console, args=(outputs[0],)),
             threading.Thread(target=self._read_packets, args=(outputs[1],)),
@@ -404,16 +369,12 @@ class Boot:
         return "\n".join([*self.lines, clean(self._rest)])
 
     def wait(self, condition: Callable[[], bool], timeout: float) -> bool:
-        """Wait until CONDITION holds or the VM is off; return whether CONDITION holds.
-
-        It is evaluated again at each event.
-        """
+        """Wait until CONDITION holds, at some event, or the VM is off; return whether it holds."""
         with self._changed:
             self._changed.wait_for(lambda: condition() or self.off.is_set(), timeout)
             return condition()
 
     def press_power_button(self) -> None:
-        """Ask the VM to turn itself off."""
         self._order("system_powerdown")
 
     def check(self) -> None:
@@ -424,7 +385,6 @@ class Boot:
 
     def _order(self, command: str) -> None:
         """Give QEMU a command; it may be gone already."""
-        assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.write(b'{"execute": "%s"}\n' % command.encode("ascii"))
             self._process.stdin.flush()
@@ -439,20 +399,13 @@ class Boot:
             self._changed.notify_all()
 
     def _read_console(self, descriptor: int) -> None:
-        size = 0
         with open(descriptor, "rb", 0) as pipe:
             for block in iter(lambda: pipe.read(4096), b""):
-                size += len(block)
-                if size > MAX_CONSOLE:
-                    continue
                 *lines, self._rest = (self._rest + block).split(b"\n")
                 for line in lines:
                     self._add_line(line)
                 if self._rest.rstrip().endswith(b"login:"):
                     self.prompt_time = time.monotonic()
-        rest, self._rest = self._rest, b""
-        if rest:
-            self._add_line(rest)
 
     def _add_line(self, line: bytes) -> None:
         text = clean(line.rstrip(b"\r"))
@@ -475,7 +428,6 @@ class Boot:
 
     def _read_monitor(self) -> None:
         """Read QEMU's events; the stream ends with QEMU."""
-        assert self._process.stdout is not None
         self._order("qmp_capabilities")
         for line in self._process.stdout:
             if json.loads(line.decode("utf-8")).get("event") == "RESET":
