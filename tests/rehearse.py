@@ -424,8 +424,8 @@ def parse_command_line(arguments: List[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not re.match(NAME_PREFIX, options.name):
         parser.error(f"argument --name: not the beginning of a hostname: {options.name!r}")
-    if options.console.exists() and options.console.resolve() == options.image.resolve():
-        parser.error("argument --console: it is IMAGE, which would be overwritten")
+    if options.console.exists() and options.console.stat().st_size:
+        parser.error("argument --console: the file is not empty, and would be overwritten")
     return options
 
 

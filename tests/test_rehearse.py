@@ -241,7 +241,7 @@ class CommandLineTest(unittest.TestCase):
             ("invalid choice: 3", ["--generation=3", "x"]),
             ("not the beginning of a hostname", ["--name=my_set", "x"]),
             ("unrecognized arguments", ["--time=1", "x"]),
-            ("--console: it is IMAGE", [f"--console={self.image}", self.image]),
+            ("--console: the file is not empty", [f"--console={self.image}", self.image]),
         ):
             self.assert_refused(reason, *words)
 
@@ -250,7 +250,8 @@ class CommandLineTest(unittest.TestCase):
         Path(small).touch()
         for reason, image in (
             ("No such file or directory: '/nowhere'$", "/nowhere"),
-            ("Is a directory", "."),
+            ("neither a file nor a block device", "."),
+            ("neither a file nor a block device", os.devnull),
             ("image.small: not a disk: it has 0 bytes", small),
             ("apt install qemu-system-x86", self.image),
         ):

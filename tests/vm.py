@@ -190,6 +190,8 @@ def inspect(path: Path) -> Image:
 
 def read_footer(path: Path) -> bytes:
     """The last sector of the file at PATH; raises VMError if there is none."""
+    if path.exists() and not path.is_file() and not path.is_block_device():
+        raise VMError(f"{path}: not a disk: neither a file nor a block device")
     with path.open("rb", 0) as file:
         size = file.seek(0, os.SEEK_END)
         if size < 512:
