@@ -25,31 +25,27 @@ RUNS, SEED = 1000, 11
 IDS = [b"a\nb", b"\n&lt;0>forged", b"a&#13;b", b"\xe2\x80\xa8", b"&amp;", b"x" * 20000, b"\xc2\x85"]
 TOKENS = [
     b"\r\n", b"\n", b"\r", b"\0", b"\xff", b"\xfe\xff", b"\xe2\x80\xa8", b"\xc2\x85", b"\x1b[2J",
-    b"\xef\xbb\xbf", b" ", b"\t", b"\n<0>forged", b"_", b"-", b"..", b"%s", b"&amp;", b"]]>",
-    b"<!DOCTYPE x>", b"<!doctype x>", b"&x;", b"&#0;", b"&#xD800;", b"<![CDATA[", b"</GoalState>",
-    b"<?xml version='1.1' encoding='utf-16'?>", b"<ContainerId>", b"<a>" * 3000, b"x" * 70000,
-    b"-1", b"0", b"9" * 30, b"9" * 5000, b"0x10", b"1_0", b"1e9", b"chunked", b"identity", b"gzip",
-    b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/0.9", b"Content-Length: 5\r\n",
+    b"\xef\xbb\xbf", b" ", b"\n<0>forged", b"..", b"%s", b"&amp;", b"]]>", b"&x;", b"&#xD800;",
+    b"<!DOCTYPE x>", b"<![CDATA[", b"</GoalState>", b"<?xml version='1.1' encoding='utf-16'?>",
+    b"<ContainerId>", b"<a>" * 3000, b"x" * 70000, b"-1", b"0", b"9" * 5000, b"0x10", b"1_0",
+    b"chunked", b"gzip", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/0.9", b"Content-Length: 5\r\n",
 ]
 STATUSES = [
-    b"200 OK", b"200 OK", b"200 OK", b"200", b"200 ", b"201 Created", b"204 No Content", b"299 ?",
-    b"100 Continue", b"101 Switching", b"199 ?", b"301 Moved", b"304 Not Modified", b"400 Bad",
-    b"404 Not Found", b"410 Gone", b"429 Slow Down", b"503 Later", b"999 ?", b"1000 ?", b"99 ?",
-    b"-1 ?", b"2_0 ?", b"", b"OK", b"500 \r<3>forged", b"500 \xff\xe2\x80\xa8",
-    b"500 " + b"r" * 5000, b"\xd9\xa2\xd9\xa0\xd9\xa0 OK",
+    b"200 OK", b"200 OK", b"200", b"200 ", b"201 Created", b"204 No Content", b"100 Continue",
+    b"101 Switching", b"199 ?", b"301 Moved", b"304 Not Modified", b"400 Bad", b"404 Not Found",
+    b"410 Gone", b"503 Later", b"1000 ?", b"-1 ?", b"2_0 ?", b"", b"OK", b"500 \r<3>forged",
+    b"500 \xff\xe2\x80\xa8", b"500 " + b"r" * 5000, b"\xd9\xa2\xd9\xa0\xd9\xa0 OK",
 ]
 HEADERS = [
     b"Content-Length: 0", b"Content-Length: -1", b"Content-Length: 99999999999999999999999",
-    b"Content-Length: 1", b"Content-Length: x", b"Content-Length: 1048577", b"Content-Length:",
-    b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Connection: keep-alive",
-    b"Content-Encoding: gzip", b"Location: http://127.0.0.1:1/", b": x", b"no colon", b" folded",
-    b"X: " + b"y" * 65500, b"X: " + b"y" * 70000, b"X: 1\r\n" * 120, b"X: a\rSet: b", b"\0",
-    b"\xff\xfe: \x00", b"Content-Type: text/xml; charset=\xff",
+    b"Content-Length:", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked",
+    b"Connection: keep-alive", b"Content-Encoding: gzip", b": x", b"no colon", b" folded", b"\0",
+    b"X: " + b"y" * 70000, b"X: 1\r\n" * 120, b"X: a\rSet: b", b"Content-Type: text/xml; a=\xff",
 ]
 NAMES = [
-    b"myset_0", b"-web", b"web-", b"a b", b"a\nb", b"x" * 64, b"x" * 65, b"x" * 63, b".a", b"a.",
-    b"a..b", b"", b" ", b"\xff", b"w\xc3\xa9b", b"--help", b"$(reboot)", b"a\0b", b"A.b-c.D", b"1",
-    b"<html>502</html>", b"\r\n web \r\n", b"x" * 1048577, b"a.-b", b"localhost",
+    b"myset_0", b"-web", b"a b", b"a\nb", b"x" * 65, b"x" * 63, b"a..b", b"", b"\xff", b"1",
+    b"--help", b"$(reboot)", b"a\0b", b"<html>502</html>", b"\r\n web \r\n", b"\xc3\xa9",
+    b"x" * 1048577,
 ]
 # fmt: on
 BOMB = (
@@ -69,15 +65,6 @@ def valid(name: str) -> bool:
 def http(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> bytes:
     headers = headers or (b"Content-Length: %d" % len(body),)
     return b"\r\n".join([b"HTTP/1.1 " + status, *headers, b"", body])
-
-
-class Pieces(Raw):
-    """Send these bytes, the first of them one by one."""
-
-    def __call__(self, handler: Handler) -> None:
-        for start in range(min(len(self.answer), 40)):
-            handler.wfile.write(self.answer[start : start + 1])
-        handler.wfile.write(self.answer[40:])
 
 
 class FuzzedAzure(FakeAzure):
@@ -119,7 +106,7 @@ class FuzzedAzure(FakeAzure):
         if how < 0.10:
             cut = answer[: pick.randrange(len(answer) + 1)]
             return Trickle(cut) if how < 0.01 else Raw(cut)
-        return Pieces(answer) if how < 0.2 else Raw(answer)
+        return Raw(answer)
 
     def mutate(self, data: bytes) -> bytes:
         """DATA with a few edits."""
