@@ -133,14 +133,7 @@ class HostnameTest(ScriptTest):
         ]
         for profile in (None, {}, {"computerName": None}, {"computerName": " \r\n\t"}):
             cases.append((Text(json.dumps({"name": "vm", "osProfile": profile})), "vm"))
-        for name in (
-            "7",
-            "Web-PROD",
-            "a--b",
-            "web.example.com",
-            "x" * 63,
-            "x" * 31 + "." + "y" * 32,
-        ):
+        for name in ("7", "Web-PROD", "a--b", "web.example.com", "x" * 63, "x" * 32 + ".y" * 16):
             cases.append((Text(compute(name)), name))
         for answer, name in cases:
             with self.subTest(name, answer=getattr(answer, "body", b"")[:90]):
