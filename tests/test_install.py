@@ -2,15 +2,14 @@
 
 import os
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import unittest
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple
+from subprocess import DEVNULL, PIPE
+from typing import Any, Dict, Tuple
 from unittest import mock
 
 from tests.harness import INSTALLER, ROOT, SCRIPT, UNIT_FILE
@@ -25,7 +24,7 @@ UNIT_PATH = SYSTEM + UNIT
 LINK = WANTS + UNIT
 PRESET = "etc/systemd/system-preset/20-azure-provisioning.preset"
 SCRIPT_PATH = "usr/local/sbin/azure_provision.py"
-
+PYTHON = "usr/bin/python3"
 GOOD_PYTHON = "#!/bin/sh\ncat >/dev/null; echo azure_provision.py 1.2.3"
 
 NETPLAN = "etc/netplan/a.yaml"
@@ -35,6 +34,7 @@ NM_PROFILE = "etc/NetworkManager/system-connections/Wired connection 1.nmconnect
 IFCFG = "etc/sysconfig/network-scripts/ifcfg-eth0"
 INTERFACES = "etc/network/interfaces"
 RULES = "etc/udev/rules.d/70-persistent-net.rules"
+KEYGEN = "usr/lib/systemd/system/sshd-keygen.service"
 
 MAC = "00:22:48:AA:bb:cc"
 MAC_FIX = "is bound to a MAC address that no VM of the image has: match by name or driver, or"
@@ -44,15 +44,28 @@ SHARED = "would be shared by all VMs: "
 NO_CLIENT = "no DHCP client is enabled and configured: enable one"
 NOT_FIRST_BOOT = 'creates SSH host keys only if /etc/machine-id is missing or "uninitialized":'
 
+
+def enabled(unit: str) -> Files:
+    return {WANTS + unit: f"-> /usr/lib/systemd/system/{unit}"}
+
+
+# An image about which there is nothing to say. Its Python is a stand-in.
+GOOD: Files = {
+    PYTHON: GOOD_PYTHON,
+    "etc/machine-id": "",
+    # systemd's own; only containers use it
+    "usr/lib/systemd/network/80-container-host0.network": "[Network]\nDHCP=yes\n",
+    **enabled("dhcpcd.service"),
+}
+NO_DHCPCD: Files = {SYSTEM + "dhcpcd.service": "-> /dev/null"}
+UNINITIALIZED: Files = {"etc/machine-id": "uninitialized\n"}
+
 # A file that makes an image unsound, and what is said about it.
 UNSOUND = (
     (NETPLAN, f"  match:\n    macaddress: {MAC}\n", MAC_FIX),
-    ("etc/netplan/flow.yaml", f"{{match: {{'macaddress': \"{MAC}\"}}}}\n", MAC_FIX),
-    ("usr/lib/netplan/a.yaml", f"macaddress: '{MAC}'\n", MAC_FIX),
-    ("lib/netplan/a.yaml", f"  macaddress: {MAC}\n", MAC_FIX),
-    (NETWORK, f"[Match]\nName=a\nMACAddress = {MAC}\n", MAC_FIX),
+    ("usr/local/lib/netplan/a.yaml", f"{{match: {{'macaddress': \"{MAC}\"}}}}\n", MAC_FIX),
     (NETWORK, "[Match]\nPermanentMACAddress=0022.48aa.bbcc", MAC_FIX),
-    ("etc/systemd/network/80-dhcp.network.d/a.conf", f"[Match]\nMACAddress={MAC}", MAC_FIX),
+    ("etc/systemd/network/80.network.d/a.conf", f"[Match]\nName=a\nMACAddress = {MAC}", MAC_FIX),
     ("usr/lib/systemd/network/a.link", f"#\n [Match] \n  MACAddress={MAC}\n", MAC_FIX),
     ("lib/systemd/network/a.link", f"[Link]\nMACAddress={MAC}\n", MAC_FIX),
     (NM_PROFILE, f"[ethernet]\nmac-address={MAC}\n", MAC_FIX),
@@ -74,20 +87,17 @@ UNSOUND = (
 
 # What an image may have, all at once.
 SOUND: Files = {
-    NETPLAN: f"# macaddress: {MAC}\nmatch: {{driver: hv_netvsc}}\nmacaddress: random\n",
-    "etc/netplan/b.yaml": f"dhcp4: true # not macaddress: {MAC}\n",
-    NETWORK: f"[Match]\nName=e*\n#MACAddress={MAC}\n;MACAddress={MAC}\n",
-    "etc/systemd/network/b.network": f"[DHCPServerStaticLease]\nMACAddress={MAC}\n",
-    "etc/systemd/network/c.network": "-> /dev/null",
+    NETPLAN: f"# macaddress: {MAC}\nmacaddress: random\ndhcp4: true # not macaddress: {MAC}\n",
+    NETWORK: f"[Match]\n#MACAddress={MAC}\n;MACAddress={MAC}\n"
+    f"[DHCPServerStaticLease]\nMACAddress={MAC}\n",
     "usr/lib/systemd/network/99-default.link": "[Link]\nMACAddressPolicy=persistent\n",
     "usr/lib/systemd/network/a.network.example": f"[Match]\nMACAddress={MAC}\n",
-    NM_PROFILE: f"[ethernet]\n#mac-address={MAC}\nmac-address-denylist={MAC}\n",
-    "etc/NetworkManager/system-connections/b": "[ethernet]\ncloned-mac-address=stable\n",
+    NM_PROFILE: f"[ethernet]\n#mac-address={MAC}\nmac-address-denylist={MAC}\n"
+    "cloned-mac-address=stable\n",
     NM_CONF: f"[keyfile]\nunmanaged-devices=mac:{MAC}\n#ethernet.mac-address={MAC}\n",
     IFCFG: f"#HWADDR={MAC}\nDEVICE=eth0\n",
     INTERFACES: f"#hwaddress {MAC}\nup arp -s 10.0.0.1 {MAC}\n",
     RULES: f'#ATTR{{address}}=="{MAC}"\nATTR{{address}}=="00:0d:3a:*", NAME="a"\n',
-    "etc/ssh/sshd_config": "",
     "var/lib/dbus/machine-id": "-> /etc/machine-id",
     "usr/bin/cloud-init": "",
     "etc/cloud/cloud-init.disabled": "by the installer",
@@ -98,13 +108,6 @@ SOUND: Files = {
     "usr/bin/afterburn": "",
     SYSTEM + "afterburn-checkin.service": "-> /dev/null",
 }
-
-UNINITIALIZED: Files = {"etc/machine-id": "uninitialized\n"}
-
-
-def enabled(unit: str) -> Files:
-    return {WANTS + unit: f"-> /usr/lib/systemd/system/{unit}"}
-
 
 # Each set of files is a DHCP client that works; without any one of them, none does.
 CLIENTS: Tuple[Files, ...] = (
@@ -120,139 +123,98 @@ CLIENTS: Tuple[Files, ...] = (
     },
     enabled("NetworkManager.service"),
     {**enabled("networking.service"), INTERFACES: "auto eth0\niface eth0 inet dhcp\n"},
-    enabled("dhcpcd.service"),
     {"usr/lib/systemd/system/multi-user.target.wants/dhclient@eth0.service": "-> ../a"},
     {**enabled("wicked.service"), IFCFG: 'BOOTPROTO="dhcp"\n'},
     {"etc/rc3.d/S10network": "-> ../init.d/network", IFCFG: 'BOOTPROTO="dhcp"\n'},
 )
 
-
 SSHD: Files = {"usr/sbin/sshd": ""}
-KEYGEN = "usr/lib/systemd/system/sshd-keygen.service"
 DROP_IN = {SYSTEM + "ssh.service.d/keys.conf": "[Service]\nExecStartPre=/bin/ssh-keygen -A\n"}
-# Debian 13's
-FIRST_BOOT = {KEYGEN: "[Unit]\nConditionFirstBoot=yes\n[Service]\nExecStart=ssh-keygen -A\n"}
+FIRST_BOOT = "[Unit]\nConditionFirstBoot=yes\n[Service]\nExecStart=ssh-keygen -A\n"  # Debian 13
+MENTION = "# ssh-keygen\nWants=sshd-keygen.service\n"  # as in cloud-init.service
 NM_SERVER = {
+    **NO_DHCPCD,
     **enabled("NetworkManager.service"),
     "usr/lib/NetworkManager/conf.d/00-server.conf": "[main]\nno-auto-default=*\n",
 }
-NM_LIB = "usr/lib/NetworkManager/conf.d/a.conf"
-NM_MAC = f"[ethernet]\nmac-address={MAC}\n"
+NM_LIB, NM_MAC = "usr/lib/NetworkManager/conf.d/a.conf", f"[ethernet]\nmac-address={MAC}\n"
 
-MENTION = {KEYGEN: "# ssh-keygen\nWants=sshd-keygen.service\n"}  # as in cloud-init.service
-NM_LINK = {NM_CONF: "-> /usr/share/nm.conf", "usr/share/nm.conf": NM_MAC}
-
-# Sets of files, with a DHCP client besides or without, and what is said about them, if anything.
-SETS: Tuple[Tuple[bool, Files, str], ...] = (
-    (True, {}, ""),
-    (True, SOUND, ""),
-    (True, UNINITIALIZED, ""),
-    (True, {SYSTEM + "dhcpcd.service": "-> /dev/null"}, NO_CLIENT),
-    (False, NM_SERVER, NO_CLIENT),
-    (False, {**NM_SERVER, NM_PROFILE: "[ipv4]\nmethod=auto\n"}, ""),
-    (True, {**SSHD, KEYGEN: "[Service]\nExecStart=/usr/libexec/openssh/sshd-keygen %i\n"}, ""),
-    (True, {**SSHD, **DROP_IN}, ""),
-    (True, {**SSHD, **MENTION}, f"/usr/sbin/sshd {KEYGEN_FIX}"),
-    (True, {**SSHD, **FIRST_BOOT}, f"/{KEYGEN} {NOT_FIRST_BOOT}"),
-    (True, {**SSHD, **FIRST_BOOT, **UNINITIALIZED}, ""),
-    (True, {**SSHD, **FIRST_BOOT, **DROP_IN}, ""),
+# Sets of files, and what is said about them, if anything.
+SETS: Tuple[Tuple[Files, str], ...] = (
+    (SOUND, ""),
+    (NO_DHCPCD, NO_CLIENT),
+    (NM_SERVER, NO_CLIENT),
+    ({**NM_SERVER, NM_PROFILE: "[ipv4]\nmethod=auto\n"}, ""),
+    ({**SSHD, KEYGEN: "[Service]\nExecStart=/usr/libexec/openssh/sshd-keygen %i\n"}, ""),
+    ({**SSHD, KEYGEN: MENTION}, f"/usr/sbin/sshd {KEYGEN_FIX}"),
+    ({**SSHD, KEYGEN: FIRST_BOOT}, f"/{KEYGEN} {NOT_FIRST_BOOT}"),
+    ({**SSHD, KEYGEN: FIRST_BOOT, **UNINITIALIZED}, ""),
+    ({**SSHD, KEYGEN: FIRST_BOOT, **DROP_IN}, ""),
     # merged /usr is looked at once, and links are followed inside the image
-    (True, {"lib": "-> usr/lib", NM_LIB: NM_MAC}, f"/{NM_LIB} {MAC_FIX}"),
-    (True, NM_LINK, f"/{NM_CONF} {MAC_FIX}"),
+    ({"lib": "-> usr/lib", NM_LIB: NM_MAC}, f"/{NM_LIB} {MAC_FIX}"),
+    ({NM_CONF: "-> /usr/share/nm.conf", "usr/share/nm.conf": NM_MAC}, f"/{NM_CONF} {MAC_FIX}"),
 )
 
 LIB = "/usr/lib/systemd/system"
-PYTHON = "usr/bin/python3"
+MASKED = f"/{UNIT_PATH} masks the unit: delete it"
 HIDDEN = "which the unit's sandbox hides"
-HOME_LINK = {"opt/link": "-> ../home/me", "home/me/python3": "#!/bin/sh"}
-HOME_IS_LINK = {"home": "-> opt/home", "opt/home/python3": "#!/bin/sh"}
-NO_PROGRAM = "the image has no program /usr/{}: install python3"
+NO_PROGRAM = "the image has no program /usr/bin/{}: install python3"
 CANNOT_RUN = "cannot run the script, which needs Python 3.6 or newer and all of its library: "
 HIDE = "import sys; sys.modules['http.client'] = None; exec(sys.stdin.read())"
 HIDING_PYTHON = f"#!/bin/sh\nexec '{sys.executable}' -c \"{HIDE}\" --version"
 
 # Files and variables that the installer refuses, and what it says.
 REFUSED: Tuple[Tuple[Files, Files, str], ...] = (
+    ({}, {"DESTDIR": "/no such"}, "DESTDIR is not a directory: /no such"),
+    ({}, {"DESTDIR": str(SCRIPT)}, "DESTDIR is not a directory"),
+    ({}, {"DESTDIR": f"{ROOT}\n"}, "DESTDIR has a control character: [^\n]*\n"),
     ({SCRIPT_PATH + "/file": ""}, {}, "azure_provision.py is a directory"),
     ({"usr/local": ""}, {}, "/usr/local is not a directory"),
-    ({UNIT_PATH: "-> /dev/null"}, {}, f"/{UNIT_PATH} masks the unit: delete it"),
-    ({UNIT_PATH: ""}, {"UNITDIR": f"/{SYSTEM}"}, f"/{UNIT_PATH} masks the unit: delete it"),
-    ({UNIT_PATH: "-> /dev/null"}, {"UNITDIR": LIB}, f"/{UNIT_PATH} masks the unit: delete it"),
+    ({UNIT_PATH: ""}, {"UNITDIR": f"/{SYSTEM}"}, MASKED),
+    ({UNIT_PATH: "-> /dev/null"}, {"UNITDIR": LIB}, MASKED),
     ({UNIT_PATH: "[Unit]"}, {"UNITDIR": LIB}, f"takes precedence over a unit in {LIB}: delete it"),
-    ({}, {"PREFIX": "/root"}, HIDDEN),
-    ({}, {"PREFIX": "/run/user/0"}, HIDDEN),
-    ({}, {"PREFIX": "/tmp"}, HIDDEN),
-    ({}, {"PREFIX": "/var/tmp/a"}, HIDDEN),
-    ({"home/me/python3": "#!/bin/sh"}, {"PYTHON": "/home/me/python3"}, HIDDEN),
-    (HOME_LINK, {"PREFIX": "/opt/link"}, HIDDEN),
-    (HOME_LINK, {"PYTHON": "/opt/link/python3"}, HIDDEN),
-    (HOME_IS_LINK, {"PREFIX": "/opt/home"}, HIDDEN),
-    (HOME_IS_LINK, {"PYTHON": "/opt/home/python3"}, HIDDEN),
-    ({}, {"PYTHON": "/usr/bin/missing"}, NO_PROGRAM.format("bin/missing")),
-    ({}, {"PYTHON": "/usr/bin/"}, NO_PROGRAM.format("bin/")),
-    ({PYTHON: ""}, {}, NO_PROGRAM.format("bin/python3")),
-    ({PYTHON: "-> /no/such/python"}, {}, NO_PROGRAM.format("bin/python3")),
-    ({PYTHON: "-> python3"}, {}, NO_PROGRAM.format("bin/python3")),
+    *(({}, {"PREFIX": path}, HIDDEN) for path in ("/root", "/run/user/0", "/tmp", "/var/tmp/a")),
+    ({"opt/a": "-> ../home/me", "home/me/py": "#!/bin/sh"}, {"PYTHON": "/opt/a/py"}, HIDDEN),
+    ({"home": "-> opt/home", "opt/home/a": ""}, {"PREFIX": "/opt/home"}, HIDDEN),
+    ({}, {"PYTHON": "/usr/bin/missing"}, NO_PROGRAM.format("missing")),
+    ({}, {"PYTHON": "/usr/bin/"}, NO_PROGRAM.format("")),
+    ({PYTHON: ""}, {}, NO_PROGRAM.format("python3")),
+    ({PYTHON: "-> python3"}, {}, NO_PROGRAM.format("python3")),
     ({PYTHON: "#!/bin/sh\necho file; echo SyntaxError: x >&2; exit 1"}, {}, CANNOT_RUN + "Syntax"),
-    ({PYTHON: "#!/bin/sh\necho unknown -I >&2; exit 2"}, {}, CANNOT_RUN + "unknown -I"),
-    ({PYTHON: "#!/bin/sh\ncat >/dev/null"}, {}, CANNOT_RUN),
     ({PYTHON: "#!/bin/sh\necho GNU bash"}, {}, CANNOT_RUN + "GNU bash"),
     ({PYTHON: '#!/bin/sh\necho "$@"; exit 1'}, {}, CANNOT_RUN + "-I -S -B - --version"),
     ({PYTHON: HIDING_PYTHON}, {}, CANNOT_RUN + ".*http.client"),
 )
 
 
-def full_disk() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
-
-def ignore_sigpipe() -> None:
-    """As for every service of systemd: IgnoreSIGPIPE=."""
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-
-
 def run(*command: str, **options: Any) -> Tuple[int, str, str]:
     """Run a command; return its status, output and error output."""
     process = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        timeout=30,
-        **options,
+        command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, encoding="utf-8", timeout=30, **options
     )
     return process.returncode, process.stdout, process.stderr
 
 
 class InstallerTest(unittest.TestCase):
-    """Each test has a tree, `self.tree`, of a sound image with a stand-in for its Python."""
+    """Each test has a tree, `self.tree`, of a sound image."""
 
     def setUp(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="azure install ")).resolve()
         self.addCleanup(shutil.rmtree, str(self.directory))
         self.tree = self.directory / "an image"
+        self.installer = str(INSTALLER)
         self.new_tree()
-        # Tools of this machine, and a chroot that needs no root: it runs what is in the tree.
-        self.tools = self.directory / "tools"
-        self.tools.mkdir()
+        # A chroot that needs no root: it runs what is in the tree.
         self.tool("chroot", 'root=$1; shift; program=$1; shift; "$root$program" "$@"')
 
-    def new_tree(self, *sets: Files, dhcp: bool = True) -> None:
-        """Begin again with a sound image, perhaps without a DHCP client, and SETS of files."""
+    def new_tree(self, *sets: Files) -> None:
+        """Begin again with the good image and SETS of files."""
         shutil.rmtree(str(self.tree), ignore_errors=True)
-        container = "[Match]\nVirtualization=container\n[Network]\nDHCP=yes\n"
-        sound = {
-            PYTHON: GOOD_PYTHON,
-            "etc/machine-id": "",
-            "usr/lib/systemd/network/80-container-host0.network": container,
-        }
-        for files in (sound, enabled("dhcpcd.service") if dhcp else {}, *sets):
+        for files in (GOOD, *sets):
             for name, content in files.items():
                 self.write(name, content)
 
-    def write(self, name: str, content: str = "") -> Path:
+    def write(self, name: str, content: str) -> Path:
         """Put a file into the tree: a link, if CONTENT is "-> target", or a program."""
         path = self.tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,24 +228,16 @@ class InstallerTest(unittest.TestCase):
         return path
 
     def tool(self, name: str, action: str) -> Path:
-        tool = self.tools / name
-        tool.write_text(f"#!/bin/sh\n{action}\n", encoding="utf-8")
-        tool.chmod(0o755)
-        return tool
+        """Put a shell script on the installer's PATH."""
+        return self.write(f"../tools/{name}", f"#!/bin/sh\n{action}\n")
 
-    def install(
-        self,
-        *arguments: str,
-        installer: str = str(INSTALLER),
-        cwd: Path = ROOT,
-        preexec_fn: Optional[Callable[[], None]] = None,
-        **variables: Any,
-    ) -> Tuple[int, str, str]:
-        """Run the installer with the environment VARIABLES, by default with DESTDIR."""
+    def install(self, *arguments: str, before: str = "", **variables: Any) -> Tuple[int, str, str]:
+        """Run the installer with the environment VARIABLES, after the shell command BEFORE."""
         variables = {"DESTDIR": self.tree, **variables}
         environment = {name: str(value) for name, value in variables.items() if value is not None}
-        environment["PATH"] = f"{self.tools}:{os.environ['PATH']}:/usr/sbin:/sbin"
-        return run(installer, *arguments, cwd=str(cwd), preexec_fn=preexec_fn, env=environment)
+        environment["PATH"] = f"{self.directory}/tools:{os.environ['PATH']}:/usr/sbin:/sbin"
+        shell = ("/bin/sh", "-c", f'{before}\nexec "$0" "$@"', self.installer)
+        return run(*shell, *arguments, env=environment)
 
     def succeed(self, *arguments: str, **options: Any) -> str:
         """Run the installer, which has nothing to complain about; return its output."""
@@ -299,22 +253,21 @@ class InstallerTest(unittest.TestCase):
         self.assertRegex(errors, rf"\Ainstall\.sh: .*{reason}.*\n\Z")
         self.assertEqual(self.files(), before)
 
-    def assert_sound(self) -> None:
+    def assert_sound(self, *options: str) -> None:
         before = self.files()
-        self.assertRegex(self.succeed("--check"), r"\ANo problem.*\n\Z")
+        self.assertRegex(self.succeed(*(options or ["--check"])), r"\ANo problem.*\n\Z")
         self.assertEqual(self.files(), before)
 
     def assert_unsound(self, warning: str) -> None:
         self.refused(f"warning: {re.escape(warning)}", "--check")
 
-    def files(self, root: Optional[Path] = None) -> Dict[str, Tuple[int, str]]:
-        """Every file and link of the tree: its mode, and what is in it or where it leads."""
-        root = root or self.tree
+    def files(self) -> Dict[str, Tuple[int, str]]:
+        """Every file and link in and around the tree: its mode, and its content or target."""
         found = {}
         # not rglob, which fails at a link to itself before Python 3.7
-        for directory, directories, names in os.walk(str(root)):
+        for directory, directories, names in os.walk(str(self.directory)):
             for path in (Path(directory, name) for name in directories + names):
-                name = str(path.relative_to(root))
+                name = os.path.relpath(str(path), str(self.tree))
                 if path.is_symlink():
                     found[name] = (0, os.readlink(str(path)))
                 elif path.is_file():
@@ -323,19 +276,11 @@ class InstallerTest(unittest.TestCase):
 
 
 class CheckTest(InstallerTest):
-    """What is said about an image."""
-
     def test_each_problem_has_one_warning_with_file_and_fix(self) -> None:
-        for name, content, warning in UNSOUND:
-            with self.subTest(name, content=content):
-                self.new_tree()
-                self.write(name, content)
-                self.assert_unsound(f"/{name} {warning}")
-
-    def test_sound_set_of_files_has_no_warning_and_others_have_one(self) -> None:
-        for dhcp, files, warning in SETS:
+        files_alone = [({name: text}, f"/{name} {warning}") for name, text, warning in UNSOUND]
+        for files, warning in (*files_alone, *SETS):
             with self.subTest(files):
-                self.new_tree(files, dhcp=dhcp)
+                self.new_tree(files)
                 if warning:
                     self.assert_unsound(warning)
                 else:
@@ -344,109 +289,102 @@ class CheckTest(InstallerTest):
     def test_each_dhcp_client_needs_all_of_its_files(self) -> None:
         for client in CLIENTS:
             with self.subTest(client):
-                self.new_tree(client, dhcp=False)
+                self.new_tree(NO_DHCPCD, client)
                 self.assert_sound()
             for missing in client:
                 with self.subTest(client, missing=missing):
-                    self.new_tree(client, dhcp=False)
-                    (self.tree / missing).unlink()
-                    if missing == "etc/machine-id":
-                        self.write(missing)
+                    rest = {name: client[name] for name in client if name != missing}
+                    self.new_tree(NO_DHCPCD, rest)
                     self.assert_unsound(NO_CLIENT)
 
-    def test_fifo_is_not_read(self) -> None:
+    def test_only_regular_files_of_the_image_are_read(self) -> None:
         self.new_tree(SSHD)
         for name in (KEYGEN, NETPLAN):
-            self.write(name).unlink()
+            self.write(name, "").unlink()
             os.mkfifo(str(self.tree / name))
+        self.write("../outside.yaml", f"macaddress: {MAC}\n")
+        self.write("etc/netplan/b.yaml", f"-> {self.directory}/outside.yaml")
         self.assert_unsound(f"/usr/sbin/sshd {KEYGEN_FIX}")
 
     def test_check_is_quiet_where_a_broken_pipe_does_not_kill(self) -> None:
-        self.new_tree(enabled("systemd-networkd.service"), dhcp=False)
+        self.new_tree(NO_DHCPCD, enabled("systemd-networkd.service"))
         for number in range(5):
             content = "[Network]\nDHCP=yes\n" + "#\n" * 9999
             self.write(f"etc/systemd/network/{number}.network", content)
-        self.succeed("--check", preexec_fn=ignore_sigpipe)
-
-    def test_link_that_leads_out_of_the_image_is_not_followed(self) -> None:
-        outside = self.directory / "outside.yaml"
-        outside.write_text(f"macaddress: {MAC}\n")
-        self.write(NETPLAN, f"-> {outside}")
-        self.assert_sound()
+        self.succeed("--check", before="trap '' PIPE")  # as in a systemd service
 
     def test_check_finds_an_installation_that_is_not_whole(self) -> None:
         for path, problem in (
-            (UNIT_PATH, "is missing"),
-            (SCRIPT_PATH, "is missing"),
-            (LINK, "is disabled, as on a provisioned VM"),
+            (UNIT_PATH, f"/{UNIT_PATH} is missing"),
+            (SCRIPT_PATH, f"/{SCRIPT_PATH} is missing"),
+            (LINK, f"/{UNIT_PATH} is disabled, as on a provisioned VM"),
         ):
             self.succeed()
             self.assert_sound()
             (self.tree / path).unlink()
-            name = UNIT_PATH if path == LINK else path
-            self.assert_unsound(f"/{name} {problem}: run install.sh again")
+            self.assert_unsound(f"{problem}: run install.sh again")
 
     def test_check_with_another_option_changes_nothing(self) -> None:
         self.succeed()
-        before = self.files()
-        for arguments in (("--check", "--uninstall"), ("--uninstall", "--check")):
-            self.succeed(*arguments)
-            self.assertEqual(self.files(), before)
+        self.assert_sound("--check", "--uninstall")
+        self.assert_sound("--uninstall", "--check")
 
     def test_installation_warns_and_goes_on(self) -> None:
-        self.write(NETPLAN, f"macaddress: {MAC}\n")
-        status, _, errors = self.install()
-        self.assertEqual(status, 0)
-        self.assertRegex(errors, rf"\Ainstall\.sh: warning: /{NETPLAN} {MAC_FIX}.*\n\Z")
-        self.assertIn(LINK, self.files())
+        error = "Exec format error"
+        wrong_cpu = f"cat >/dev/null; echo '{error}' >&2; exit "
+        for netplan, chroot, warning in (
+            (f"macaddress: {MAC}", "cat >/dev/null; echo azure_provision.py 1", MAC_FIX),
+            ("", wrong_cpu + "125", f"so it was not checked: {error}"),
+            ("", wrong_cpu + "126", f"so it was not checked: {error}"),
+        ):
+            self.new_tree({NETPLAN: netplan})
+            self.tool("chroot", chroot)
+            status, _, errors = self.install()
+            self.assertRegex(errors, rf"\Ainstall\.sh: warning: .*{warning}.*\n\Z")
+            self.assertEqual(status, 0)
+            self.assertIn(LINK, self.files())
 
 
 class InstallTest(InstallerTest):
-    """What is installed and removed."""
-
     def test_installs_script_unit_preset_and_link_any_number_of_times(self) -> None:
-        record = self.directory / "record"
-        self.tool("systemctl", f"echo \"$@\" >>'{record}'")
-        before = self.files()
-        output = self.succeed()
+        self.tool("systemctl", "echo a tree needs no systemctl >&2")
         installed = {
+            **self.files(),
             SCRIPT_PATH: (0o755, SCRIPT.read_text(encoding="utf-8")),
             UNIT_PATH: (0o644, UNIT_FILE.read_text(encoding="utf-8")),
             PRESET: (0o644, f"enable {UNIT}\n"),
             LINK: (0, f"/{UNIT_PATH}"),
         }
-        whole = {**before, **installed}
-        self.assertEqual(self.files(), whole)
-        self.assertIn(f"/{SCRIPT_PATH}\nand /{UNIT_PATH}, enabled for the next boot", output)
-        self.assertFalse(record.exists(), "a tree needs no systemctl")
-        self.succeed()
-        self.assertEqual(self.files(), whole)
-        (self.tree / LINK).unlink()  # as on a provisioned VM
-        self.succeed()
-        self.assertEqual(self.files(), whole)
+        for again in range(3):
+            if again == 2:
+                (self.tree / LINK).unlink()  # as on a provisioned VM
+            output = self.succeed()
+            self.assertEqual(self.files(), installed)
+            self.assertIn(f"/{SCRIPT_PATH}\nand /{UNIT_PATH}, enabled for the next boot", output)
 
     @unittest.skipUnless(shutil.which("systemctl"), "systemctl is not installed")
     def test_unit_stays_enabled_when_presets_are_applied(self) -> None:
         def systemctl(*arguments: str) -> str:
             return run("systemctl", f"--root={self.tree}", *arguments)[1].strip()
 
-        self.write("usr/lib/systemd/system-preset/99-default-disable.preset", "disable *\n")
-        for unitdir in ("/etc/systemd/system", "/usr/lib/systemd/system"):
+        default = {"usr/lib/systemd/system-preset/99-default-disable.preset": "disable *\n"}
+        for unitdir in ("/etc/systemd/system", LIB):
             for options, state in (((), "enabled"), (("--no-enable",), "disabled")):
                 with self.subTest(unitdir, options=options):
+                    self.new_tree(default)
                     self.succeed(*options, UNITDIR=unitdir)
                     self.assertEqual(systemctl("is-enabled", UNIT), state)
                     systemctl("preset-all")
                     self.assertEqual(systemctl("is-enabled", UNIT), state)
-                    self.install("--uninstall", UNITDIR=unitdir)
 
-    def test_no_enable_makes_neither_link_nor_preset(self) -> None:
-        before = self.files()
-        self.assertIn("not enabled", self.succeed("--no-enable"))
-        self.assertEqual(set(self.files()) - set(before), {SCRIPT_PATH, UNIT_PATH})
+    def test_no_enable_makes_neither_link_nor_preset_and_takes_any_unitdir(self) -> None:
+        self.refused("--no-enable is needed: /opt/units", UNITDIR="/opt/units")
+        before = set(self.files())
+        self.assertIn("not enabled", self.succeed("--no-enable", UNITDIR="/opt/units"))
+        self.assertEqual(set(self.files()) - before, {SCRIPT_PATH, f"opt/units/{UNIT}"})
 
     def test_uninstall_removes_everything_or_says_that_nothing_is_there(self) -> None:
-        settings = {"PREFIX": "/opt/azure", "UNITDIR": "/usr/lib/systemd/system"}
+        settings = {"PREFIX": "/opt/azure", "UNITDIR": LIB}
         before = self.files()
         self.succeed(**settings)
         self.assertEqual(len(self.files()), len(before) + 4)
@@ -461,13 +399,11 @@ class InstallTest(InstallerTest):
     def test_unit_with_other_paths_differs_in_one_line(self) -> None:
         self.write("opt/my python/bin/python3.6", GOOD_PYTHON)
         self.succeed(PREFIX="/opt/a b/", PYTHON="/opt/my python/bin/python3.6")
-        ours = UNIT_FILE.read_text(encoding="utf-8").splitlines()
-        theirs = self.files()[UNIT_PATH][1].splitlines()
-        self.assertEqual(len(ours), len(theirs))
-        ((default, custom),) = [pair for pair in zip(ours, theirs) if pair[0] != pair[1]]
-        options = default.split(" ", 1)[1].rsplit(" ", 1)[0]
-        python, script = "/opt/my python/bin/python3.6", "/opt/a b/sbin/azure_provision.py"
-        self.assertEqual(custom, f'ExecStart="{python}" {options} "{script}"')
+        unit = UNIT_FILE.read_text(encoding="utf-8").replace(
+            f"=/{PYTHON} -I -S /{SCRIPT_PATH}\n",
+            '="/opt/my python/bin/python3.6" -I -S "/opt/a b/sbin/azure_provision.py"\n',
+        )
+        self.assertEqual(self.files()[UNIT_PATH][1], unit)
         self.assertIn("opt/a b/sbin/azure_provision.py", self.files())
 
     def test_works_from_any_directory_by_a_relative_destdir_and_through_a_link(self) -> None:
@@ -476,49 +412,42 @@ class InstallTest(InstallerTest):
         for file in (INSTALLER, SCRIPT, UNIT_FILE):
             shutil.copy(str(file), str(clone))
         (self.directory / "link").symlink_to("a clone/install.sh")
-        cwd = self.directory
-        for installer in ("a clone/install.sh", "./link"):
-            with self.subTest(installer):
-                self.new_tree()
-                self.succeed(installer=installer, cwd=cwd, DESTDIR=self.tree.name, CDPATH=cwd)
-                self.assertIn(SCRIPT_PATH, self.files())
+        options = {"before": f"cd '{self.directory}'", "CDPATH": self.directory}
+        for self.installer in ("a clone/install.sh", "./link"):
+            self.new_tree()
+            self.succeed(DESTDIR=self.tree.name, **options)
+            self.assertIn(SCRIPT_PATH, self.files())
         (clone / SCRIPT.name).unlink()
-        missing = "azure_provision.py or .* is missing in /"
-        self.refused(missing, installer=str(clone / "install.sh"))
+        self.refused("azure_provision.py or .* is missing in /", **options)
 
     def test_modes_do_not_depend_on_the_umask_and_existing_ones_stay(self) -> None:
         existing = self.tree / "usr/local/sbin"
         existing.mkdir(parents=True)
         existing.chmod(0o750)
-        self.addCleanup(os.umask, os.umask(0o077))
         for prefix in ("/usr/local", "/opt/a"):
-            self.succeed(PREFIX=prefix)
+            self.succeed(PREFIX=prefix, before="umask 077")
         for name in ("opt", "opt/a", "opt/a/sbin", "etc/systemd/system-preset"):
             self.assertEqual((self.tree / name).stat().st_mode & 0o777, 0o755, name)
         self.assertEqual(self.files()[UNIT_PATH][0], 0o644)
         self.assertEqual(existing.stat().st_mode & 0o777, 0o750)
 
     def test_failed_installation_or_update_leaves_what_was_there(self) -> None:
-        real_mv = shutil.which("mv")
-        for tool, action, preexec_fn in (
-            ("none", "", full_disk),
-            ("sed", "exit 1", None),
-            ("ln", "exit 1", None),
-            ("mv", f'case $* in *.wants/*) exit 1 ;; esac; exec {real_mv} "$@"', None),
+        cp, mv = shutil.which("cp"), shutil.which("mv")
+        for tool, action, before in (
+            ("cp", f'{cp} "$@" 2>/dev/null', "ulimit -f 4; trap '' XFSZ"),  # as on a full disk
+            ("sed", "exit 1", ""),
+            ("ln", "exit 1", ""),
+            ("mv", f'case $* in *.wants/*) exit 1 ;; esac; exec {mv} "$@"', ""),
         ):
+            broken = self.tool(tool, action)
             for earlier in ({}, {LINK: "-> /an/old/unit"}, {UNIT_PATH: "old", SCRIPT_PATH: "old"}):
                 with self.subTest(tool, earlier=earlier):
                     self.new_tree(earlier)
-                    before = self.files()
-                    broken = self.tool(tool, action)
-                    status, output, errors = self.install(preexec_fn=preexec_fn)
-                    broken.unlink()
-                    self.assertEqual((status, output, self.files()), (1, "", before))
-                    self.assertRegex(errors, r"(?m)^install.sh: failed: everything is as it was$")
+                    self.refused("failed: everything is as it was", before=before)
+            broken.unlink()
 
     def test_leftover_of_a_killed_installation_is_not_followed(self) -> None:
-        precious = self.directory / "precious"
-        precious.write_text("precious", encoding="utf-8")
+        precious = self.write("../precious", "precious")
         for suffix in ("new", "old"):
             self.write(f"{SCRIPT_PATH}.{suffix}", f"-> {precious}")
         self.succeed()
@@ -540,8 +469,6 @@ class InstallTest(InstallerTest):
 
 
 class RefusalTest(InstallerTest):
-    """What is not installed, and not even checked."""
-
     def test_refuses_to_install_live_without_root(self) -> None:
         self.tool("id", "echo 1000")
         # if it did not refuse, it would write to this machine
@@ -553,26 +480,18 @@ class RefusalTest(InstallerTest):
         for option in ("--uninstall", "--check"):
             self.refused("not root", option, DESTDIR=None)
 
-    def test_refuses_unknown_arguments_and_a_destdir_that_is_not_a_directory(self) -> None:
-        for argument in ("--bogus", "-x", "argument", "", "--enable=no"):
+    def test_refuses_unknown_arguments(self) -> None:
+        for argument in ("--bogus", "--enable=no", ""):
             self.refused("not an option", argument)
-        self.refused("DESTDIR is not a directory: /no such", DESTDIR="/no such")
-        self.refused("DESTDIR is not a directory", "--uninstall", DESTDIR=SCRIPT)
-        self.refused("DESTDIR has a control character: [^\n]*\n", DESTDIR=f"{self.tree}\n")
 
     def test_refuses_paths_that_a_unit_cannot_take(self) -> None:
         for name in ("PREFIX", "UNITDIR", "PYTHON"):
             self.refused(f"{name} is not an absolute path: usr", **{name: "usr"})
-            for path in ("/../x", "/usr/..", "/usr/../../x"):
+            for path in ("/../x", "/usr/.."):
                 self.refused(f"{name} must not contain '..'", **{name: path})
-            for character in '"', "'", "\\", "%", "$", "&", "|", "\n":
+            for character in "\"'\\%$&|\n":
                 reason = f"{name} has a character that cannot be used in a unit: [^|]*"
                 self.refused(reason, **{name: f"/a{character}b"})
-
-    def test_refuses_a_unitdir_that_systemd_does_not_know(self) -> None:
-        self.refused("--no-enable is needed: /opt/units", UNITDIR="/opt/units")
-        self.succeed("--no-enable", UNITDIR="/opt/units")
-        self.assertIn(f"opt/units/{UNIT}", self.files())
 
     def test_refuses_files_and_variables(self) -> None:
         for files, variables, reason in REFUSED:
@@ -583,25 +502,20 @@ class RefusalTest(InstallerTest):
 
     def test_refuses_links_that_lead_out_of_destdir(self) -> None:
         outside = self.directory / "outside"
-        (outside / "sbin").mkdir(parents=True)
         for name in (SCRIPT.name, UNIT, f"sbin/{SCRIPT.name}"):
-            (outside / name).write_text("precious", encoding="utf-8")
-        before = self.files(outside)
-        reason = "leads out of DESTDIR through a symlink: make"
+            self.write(f"{outside}/{name}", "precious")
         for link in ("etc", "usr/local", "usr/local/sbin", SYSTEM[:-1], str(Path(PRESET).parent)):
             for target in (str(outside), "/no/such", "../" * 9 + str(outside)[1:]):
                 with self.subTest(link, target=target):
                     self.new_tree()
                     shutil.rmtree(str(self.tree / link), ignore_errors=True)
                     self.write(link, f"-> {target}")
-                    self.refused(reason)
-            for option in OPTIONS:
-                self.refused(reason, option)
-        self.assertEqual(self.files(outside), before)
+                    for options in ((), *zip(OPTIONS)):
+                        self.refused("leads out of DESTDIR through a symlink: make", *options)
 
     def test_interpreter_link_is_followed_inside_the_image(self) -> None:
-        (self.tree / "usr/bin/python3").rename(self.tree / "usr/bin/python3.9")
-        self.write("usr/bin/python3", "-> /etc/alternatives/python3")
+        self.write("usr/bin/python3.9", GOOD_PYTHON)
+        self.write(PYTHON, "-> /etc/alternatives/python3")
         self.write("etc/alternatives/python3", "-> ../../../usr/bin/python3.9")
         self.tool("chroot", "cat >/dev/null; echo azure_provision.py 1.2.3")
         self.assert_sound()
@@ -617,27 +531,14 @@ class RefusalTest(InstallerTest):
 
     def test_real_interpreter_runs_no_code_of_the_directory_and_writes_none(self) -> None:
         self.write(PYTHON, f"#!/bin/sh\nexec '{sys.executable}' \"$@\"")
-        trap = self.directory / "trap"
-        trap.mkdir()
         for name in ("re", "socket", "argparse", "sitecustomize"):
-            (trap / f"{name}.py").write_text("raise SystemExit('ran')\n", encoding="utf-8")
-        before = self.files(trap)
-        self.succeed(cwd=trap, PYTHONPATH=trap)
-        self.assertEqual(self.files(trap), before)
-
-    def test_warns_of_an_interpreter_that_cannot_run_here(self) -> None:
-        for status in (125, 126):
-            error = "cannot run: Exec format error"
-            self.tool("chroot", f"cat >/dev/null; echo '{error}' >&2; exit {status}")
-            status, _, errors = self.install()
-            self.assertEqual(status, 0)
-            self.assertRegex(errors, rf"\A.*warning: .*so it was not checked: {error}\n\Z")
-            self.assertIn(LINK, self.files())
+            self.write(f"../trap/{name}.py", "raise SystemExit('ran')\n")
+        trap = self.directory / "trap"
+        self.succeed(before=f"cd '{trap}'", PYTHONPATH=trap)
+        self.assertEqual(len(list(trap.iterdir())), 4)
 
 
 class UnitTest(InstallerTest):
-    """The unit as it stands and as it is installed."""
-
     lines = tuple(line for line in UNIT_FILE.read_text().splitlines() if re.match("[A-Z]", line))
 
     def test_unit_is_what_was_promised(self) -> None:
@@ -647,31 +548,27 @@ class UnitTest(InstallerTest):
         )
         self.assertLessEqual(set(promised.split()), set(self.lines))
         commands = [line for line in self.lines if line.startswith("Exec")]
-        self.assertEqual(commands, [f"ExecStart=/usr/bin/python3 -I -S /{SCRIPT_PATH}"])
+        self.assertEqual(commands, [f"ExecStart=/{PYTHON} -I -S /{SCRIPT_PATH}"])
 
     def test_unit_has_none_of_the_settings_that_break_an_old_systemd(self) -> None:
+        filters = [line for line in self.lines if line.startswith("SystemCallFilter=")]
+        self.assertTrue(filters[0].startswith("SystemCallFilter=~"), "the first one decides")
+        self.assertIn("SystemCallErrorNumber=EPERM", self.lines, "a denied call would kill")
         for line in self.lines:
             name, _, value = line.partition("=")
             self.assertNotEqual(name, "Restart", "before 244 a oneshot unit with it is refused")
             self.assertNotEqual(name, "Wants", "network-online.target may wait for two minutes")
             if "@" in value:
-                self.assertEqual(name, "SystemCallFilter")
-                self.assertTrue(value.startswith("~"), "231 to 238 drop an unknown group of these")
-        filters = [line for line in self.lines if line.startswith("SystemCallFilter=")]
-        self.assertTrue(filters[0].startswith("SystemCallFilter=~"), "the first one decides")
-        self.assertIn("SystemCallErrorNumber=EPERM", self.lines, "a denied call would kill")
+                self.assertRegex(line, "^SystemCallFilter=~", "231 to 238 drop unknown groups")
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
     def test_systemd_has_nothing_to_say_of_the_unit_with_default_or_other_paths(self) -> None:
         self.write("opt/my python", GOOD_PYTHON)
         self.succeed("--no-enable", PYTHON="/opt/my python", PREFIX="/opt/a b")
         # systemd-analyze looks for the program here, where the unit must not have it
-        python = self.directory / "my python"
-        python.symlink_to(sys.executable)
-        unit = self.tree / UNIT_PATH
-        text = unit.read_text(encoding="utf-8").replace("/opt/my python", str(python))
-        unit.write_text(text, encoding="utf-8")
-        for file in (UNIT_FILE, unit):
+        python = self.write("../my python", GOOD_PYTHON)
+        unit = self.files()[UNIT_PATH][1].replace("/opt/my python", str(python))
+        for file in (UNIT_FILE, self.write(UNIT_PATH, unit)):
             status, output, errors = run("systemd-analyze", "verify", str(file))
             self.assertEqual(status, 0, errors)
             self.assertNotIn("azure-provisioning", output + errors)
@@ -683,13 +580,3 @@ class UnitTest(InstallerTest):
         if "unrecognized option" in errors:
             self.skipTest("systemd-analyze cannot judge a file before systemd 250")
         self.assertEqual(status, 0, output[-200:])
-
-
-class RepositoryTest(unittest.TestCase):
-    """What is true of the repository as a whole."""
-
-    def test_script_is_executable_and_top_level_is_what_it_is_to_be(self) -> None:
-        self.assertTrue(os.access(str(SCRIPT), os.X_OK))
-        known = {SCRIPT.name, UNIT, "install.sh", "tests", "README.md", "pyproject.toml", "LICENSE"}
-        names = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
-        self.assertEqual(names - {"__pycache__"}, known)

@@ -7,13 +7,11 @@ import os
 import select
 import signal
 import sys
-from typing import Any, Dict, List, Tuple, Union
-from unittest import mock
+from typing import Any, List, Tuple, Union
 from xml.etree import ElementTree
 
-import azure_provision
 from tests.fake_azure import GOAL_STATE, OK, Answer, Chunked, Raw, Request, Silence, Status, Text
-from tests.harness import ROOT, SCRIPT, Machine, ScriptTest, popen, start_script
+from tests.harness import SCRIPT, ScriptTest, popen, start_script
 
 MIB = 1024 * 1024  # the longest body that is accepted
 SLEEP = "/bin/sleep 600"
@@ -50,26 +48,27 @@ class FirstBootTest(ScriptTest):
     def test_requests_are_those_of_the_platform(self) -> None:
         self.azure.incarnation = "7"
         self.provision()
-        wireserver = {"x-ms-version": "2012-11-30", "x-ms-agent-name": "custom-provisioning"}
-        content_type = {"Content-Type": "text/xml;charset=utf-8"}
         report = (
             "<Health><GoalStateIncarnation>7</GoalStateIncarnation><Container>"
             f"<ContainerId>{self.azure.container_id}</ContainerId><RoleInstanceList><Role>"
             f"<InstanceId>{self.azure.instance_id}</InstanceId>"
             "<Health><State>Ready</State></Health></Role></RoleInstanceList></Container></Health>"
         )
+        wireserver = {"x-ms-version": "2012-11-30", "x-ms-agent-name": "custom-provisioning"}
+        post_headers = {"Content-Type": "text/xml;charset=utf-8", **wireserver}
         compute_path = "/metadata/instance/compute?api-version=2021-02-01"
-        expected: List[Tuple[str, str, Dict[str, str], str]] = [
-            ("GET", "/machine?comp=goalstate", wireserver, ""),
-            ("POST", "/machine?comp=health", dict(wireserver, **content_type), report),
-            ("GET", compute_path, {"Metadata": "true"}, ""),
-        ]
-        self.assertEqual(len(self.azure.requests), len(expected))
-        for request, (method, path, headers, body) in zip(self.azure.requests, expected):
+        self.assertEqual(len(self.azure.requests), 3)
+        for request, (method, path, headers, body) in zip(
+            self.azure.requests,
+            (
+                ("GET", "/machine?comp=goalstate", wireserver, ""),
+                ("POST", "/machine?comp=health", post_headers, report),
+                ("GET", compute_path, {"Metadata": "true"}, ""),
+            ),
+        ):
             sent = (request.method, request.path, request.body.decode())
             self.assertEqual(sent, (method, path, body))
-            headers["Connection"] = "close"
-            self.assertEqual(request.headers, dict(request.headers, **headers))
+            self.assertEqual(request.headers, {**request.headers, **headers, "Connection": "close"})
 
     def test_unusual_answers_of_the_wireserver_are_understood_at_once(self) -> None:
         usual = self.azure.goal_state()
@@ -77,28 +76,20 @@ class FirstBootTest(ScriptTest):
         second = "<RoleInstance><InstanceId>second</InstanceId></RoleInstance></RoleInstanceList>"
         unusual: List[Answer] = [
             Text(usual.replace(incarnation, "")),
-            Text(usual.replace(incarnation, "<Incarnation/>")),
             Text(usual.replace(incarnation, "<Incarnation> </Incarnation>")),
             Text(usual.replace("</RoleInstanceList>", second)),
             Text(usual.replace('"utf-8"', '"utf-16"')),
             Chunked("\ufeff" + usual),
             Raw(OK + b"\r\n" + usual.encode()),
         ]
-        for answer in unusual:
+        cases = [("goalstate", answer, "200 OK") for answer in unusual]
+        cases += [("health", Status(status), str(status)) for status in (201, 204, 299)]
+        for resource, answer, response in cases:
             with self.subTest(vars(answer)):
-                self.assertNotEqual(getattr(answer, "body", b""), usual.encode())
                 self.azure.requests.clear()
-                self.azure.ready.clear()
-                self.azure.script("goalstate", [answer])
-                self.assertEqual((self.provision().status, len(self.azure.requests)), (0, 3))
-                self.assertTrue(self.azure.ready.is_set())
-        for status in (200, 201, 202, 204, 299):
-            with self.subTest(status):
-                self.azure.requests.clear()
-                self.azure.script("health", [Status(status)])
-                run = self.provision()
-                self.assertEqual((run.status, len(self.azure.requests)), (0, 3))
-                self.assertIn(f"Response: {status}", run.output)
+                self.azure.script(resource, [answer])
+                self.assertIn(f"Response: {response}", self.provision().output)
+                self.assertEqual(len(self.azure.requests), 3)
 
 
 class HostnameTest(ScriptTest):
@@ -118,13 +109,11 @@ class HostnameTest(ScriptTest):
         self.assertEqual(versions, ["2021-02-01", "2021-02-01", "2019-06-01"])
 
     def test_faults_are_retried_and_do_not_end_in_the_vm_name(self) -> None:
-        bodies: List[Union[str, bytes]] = ["", "web", '"web"', "[]", "{}", "null", "[" * 100000]
-        bodies += [compute("web")[:-1], compute("web").encode("utf-16"), b"\xff\xfe"]
-        bodies += ["<html><body>502 Bad Gateway</body></html>", '{"name": {"web": 1}}']
-        bodies += ['{"osProfile": "web"}', '{"osProfile": {"computerName": ["web"]}}']
+        bodies: List[Union[str, bytes]] = ["", "[]", "{}", "[" * 100000, '{"name": {"web": 1}}']
+        bodies += [compute("web")[:-1], compute("web").encode("utf-16"), '{"osProfile": "web"}']
         bodies += ['{"osProfile": {"computerName": 7}, "name": "web"}']
         cases: List[List[Answer]] = [[Text(body)] for body in bodies]
-        for statuses in ([400], [404, 404], [404, 404, 404, 410, 429, 500, 503]):
+        for statuses in ([400], [404, 404, 404, 410, 429, 500, 503]):
             cases.append([Status(status) for status in statuses])
         for answers in cases:
             with self.subTest(getattr(answers[0], "body", b"")[:60] or len(answers)):
@@ -144,8 +133,7 @@ class HostnameTest(ScriptTest):
         ]
         for profile in (None, {}, {"computerName": None}, {"computerName": " \r\n\t"}):
             cases.append((Text(json.dumps({"name": "vm", "osProfile": profile})), "vm"))
-        longest = ("x" * 63, "x" * 31 + "." + "y" * 32)
-        for name in ("a", "7", "Web-PROD", "a--b", "web.example.com", *longest):
+        for name in ("7", "Web-PROD", "a--b", "web.example.com", "x" * 63, "x" * 32 + ".y" * 16):
             cases.append((Text(compute(name)), name))
         for answer, name in cases:
             with self.subTest(name, answer=getattr(answer, "body", b"")[:90]):
@@ -157,34 +145,27 @@ class HostnameTest(ScriptTest):
         plain = ["myset_0", "-web", "web-", ".web", "web.", "a..b", "a.-b", "a-.b", "web prod"]
         plain += ["--help", "$(reboot)", "x" * 64, "x" * 32 + "." + "y" * 32]
         names = {  # and how they are logged
-            "web\nprod": r"web\nprod",
+            **dict(zip(plain, plain)),
             "web\r\n<3>forged": r"web\r\n<3>forged",
-            "web\x1b[2J": r"web\x1b[2J",
-            "web\x00": r"web\x00",
             "x" * 5000: "x" * 97 + "...",
             "w\u00e9b": r"w\xe9b",
-            "\u2028": r"\u2028",
             "\ud800": r"\ud800",
         }
-        names.update(zip(plain, plain))
         for name, shown in names.items():
             with self.subTest(name):
                 self.azure.requests.clear()
                 self.azure.ready.clear()
                 self.azure.computer_name = name
                 run = self.provision(machine=machine)
-                self.assertEqual(run.status, 1)
+                self.assertEqual((run.status, machine.calls), (1, []))
                 self.assertTrue(self.azure.ready.is_set(), "Ready was not posted before")
                 self.assertEqual(len(self.azure.asked("compute")), 1, "tried again")
-                self.assertEqual(machine.calls, [])
                 self.assertEqual(machine.hostname_file.read_text(), "localhost\n")
-                reason = f"The computerName in IMDS is not a valid hostname: {shown}"
-                self.assertEqual(
-                    run.lines[4:], [f"Not provisioned: {reason}; the next boot tries again"]
-                )
+                reason = f"The computerName in IMDS is not a valid hostname: {shown}; the next boot"
+                self.assertEqual(run.lines[4:], [f"Not provisioned: {reason} tries again"])
 
 
-class SetHostnameTest(ScriptTest):
+class MachineTest(ScriptTest):
     def test_failing_hostnamectl_leaves_it_to_the_kernel_and_the_file(self) -> None:
         timed_out = "timed out after 0 s"
         for tools, reason in (
@@ -192,7 +173,6 @@ class SetHostnameTest(ScriptTest):
             ({"hostnamectl": "echo Failed to connect to bus >&2; exit 1"}, "Failed to connect"),
             ({"hostnamectl": "kill $$"}, "status -15"),
             ({"hostnamectl": r"printf 'no\n<0>forged\033[2J\377'; exit 1"}, r"no\n<0>forged\x1b"),
-            ({"hostnamectl": f"{SLEEP} & {SLEEP}"}, timed_out),
             ({"hostnamectl": f"{SLEEP} & exit 0"}, timed_out),
             ({"hostnamectl": f"/usr/bin/setsid /bin/sleep 8 & {SLEEP}"}, timed_out),
             ({"hostnamectl": "while :; do echo; done"}, "printed more than 65536 bytes"),
@@ -201,10 +181,10 @@ class SetHostnameTest(ScriptTest):
         ):
             with self.subTest(tools):
                 machine = self.machine(systemctl="", **tools)
+                limit = 0.2 if reason == timed_out else 30
+                environment = {"SYSTEMD_COLORS": "1", "LC_ALL": "de_DE.UTF-8", "HOME": "/"}
                 run = self.provision(
-                    machine=machine,
-                    COMMAND_TIMEOUT=0.2 if reason == timed_out else 30,
-                    environment={"SYSTEMD_COLORS": "1", "LC_ALL": "de_DE.UTF-8", "HOME": "/"},
+                    machine=machine, COMMAND_TIMEOUT=limit, environment=environment
                 )
                 self.assertEqual(run.status, 0, run.output)
                 self.assertIn(f"\nhostnamectl: {reason}", run.output)
@@ -224,17 +204,16 @@ class SetHostnameTest(ScriptTest):
         self.assertTrue(poll.poll(5000), "a child still has the FIFO open")
 
     def test_name_that_cannot_be_stored_leaves_the_unit_enabled(self) -> None:
-        directory, fifo = self.machine().root / "directory", self.machine().root / "fifo"
-        directory.mkdir()
+        directory = self.machine().root
+        fifo = directory / "fifo"
         os.mkfifo(str(fifo))
-        for file in ("/proc/sys/kernel/ostype", "/dev/null", "/dev/full", directory, fifo):
-            for hostnamectl in ("", "echo Read-only file system; exit 1"):
-                with self.subTest(file=file, hostnamectl=hostnamectl):
-                    machine = self.machine(hostnamectl=hostnamectl, systemctl="")
-                    run = self.provision(machine=machine, HOSTNAME_FILE=str(file), journal=True)
-                    self.assertEqual(run.status, 0, run.output)
-                    self.assertNotIn("systemctl", " ".join(machine.calls))
-                    self.assertRegex(run.output, f"(?m)^<4>{file}: .*; .* stays enabled")
+        for file in ("/dev/null", "/dev/full", directory, fifo):
+            with self.subTest(file=file):
+                machine = self.machine(hostnamectl="exit 1", systemctl="")
+                run = self.provision(machine=machine, HOSTNAME_FILE=str(file), journal=True)
+                self.assertEqual(run.status, 0, run.output)
+                self.assertNotIn("systemctl", " ".join(machine.calls))
+                self.assertRegex(run.output, f"(?m)^<4>{file}: .*; .* stays enabled")
 
     def test_full_disk_keeps_the_old_name(self) -> None:
         class FullDisk(io.FileIO):
@@ -243,8 +222,7 @@ class SetHostnameTest(ScriptTest):
 
         machine = self.machine()
         machine.hostname_file.write_text("golden-image.example.com\n")
-        with mock.patch.object(azure_provision, "open", FullDisk, create=True):
-            run = self.provision(machine=machine)
+        run = self.provision(machine=machine, open=FullDisk)
         self.assertEqual(machine.hostname_file.read_text(), "golden-image.example.com\n")
         self.assertRegex(run.output, "hostname: No space left on device; .* stays enabled")
 
@@ -257,30 +235,16 @@ class SetHostnameTest(ScriptTest):
             self.assertEqual(machine.hostname_file.stat().st_mode & 0o777, 0o644)
             machine.hostname_file.unlink()
 
-    def test_hostname_that_cannot_be_set_fails_the_run(self) -> None:
-        machine = self.machine(hostnamectl="exit 1", systemctl="")
-        refused = PermissionError(1, "Operation not permitted")
-        with mock.patch.object(Machine, "sethostname", side_effect=refused):
-            run = self.provision(machine=machine)
-        self.assertEqual(run.status, 1)
-        self.assertRegex(run.lines[-1], r"^Not provisioned: \[Errno 1\] Operation not permitted; ")
-        self.assertNotIn("systemctl", " ".join(machine.calls))
-
-
-class DisableTest(ScriptTest):
     def test_unit_that_stays_enabled_is_a_warning_and_not_a_failure(self) -> None:
-        for systemctl in ({}, {"systemctl": "echo Read-only file system >&2; exit 1"}):
-            with self.subTest(systemctl):
-                run = self.provision(
-                    machine=self.machine(hostnamectl="", **systemctl), journal=True
-                )
-                self.assertEqual(run.status, 0)
-                self.assertRegex(run.output, "(?m)^<4>systemctl: .*will run again at the next boot")
-                self.assertRegex(run.lines[-1], "^<6>Provisioned as web-prod-01 in ")
+        machine = self.machine(hostnamectl="", systemctl="echo Read-only file system >&2; exit 1")
+        run = self.provision(machine=machine, journal=True)
+        self.assertEqual(run.status, 0)
+        self.assertRegex(run.output, "(?m)^<4>systemctl: .*will run again at the next boot")
+        self.assertRegex(run.lines[-1], "^<6>Provisioned as web-prod-01 in ")
 
 
 class OutputTest(ScriptTest):
-    def test_lines_have_priorities_in_the_journal(self) -> None:
+    def test_lines_have_priorities_in_the_journal_alone(self) -> None:
         self.azure.script("goalstate", [Status(503)])
         self.azure.computer_name = "not_valid"
         run = self.provision(journal=True)
@@ -289,11 +253,8 @@ class OutputTest(ScriptTest):
         self.assertRegex(run.output, "(?m)^<6>ContainerId: ")
         self.assertRegex(run.output, "(?m)^<4>.*503 Service Unavailable; retrying for up to")
         self.assertRegex(run.output, "(?m)^<3>Not provisioned: ")
-
-    def test_lines_have_no_priorities_elsewhere_even_if_the_variable_is_there(self) -> None:
-        for stream in ("8:12345", "", "journal", "8"):
-            run = self.provision("--dry-run", environment={"JOURNAL_STREAM": stream})
-            self.assertNotRegex(run.output, "(?m)^<[0-9]>")
+        run = self.provision(environment={"JOURNAL_STREAM": "8:12345"})  # inherited from elsewhere
+        self.assertNotRegex(run.output, "(?m)^<[0-9]>")
 
     def test_goal_state_that_moves_on_is_logged_and_reported_anew(self) -> None:
         first = self.azure.container_id
@@ -311,8 +272,6 @@ class OutputTest(ScriptTest):
         lines += ["^ContainerId: another$", " 410 ", "<GoalStateIncarnation>2<", "^Response: 200"]
         self.assertRegex(output, "(?ms)" + ".*".join(lines))
         self.assertEqual(output.count("ContainerId: "), 2)
-        for request, incarnation in zip(self.azure.asked("health"), b"1112"):
-            self.assertIn(b"<GoalStateIncarnation>%c<" % incarnation, request.body)
 
     def test_ids_that_always_change_are_logged_ten_times_at_most(self) -> None:
         def change(request: Request) -> None:
@@ -349,12 +308,10 @@ class ProcessTest(ScriptTest):
         self.assertEqual((process.returncode, errors), (0, ""), output)
         return output
 
-    def test_script_runs_as_a_program(self) -> None:
+    def test_script_runs_as_a_program_even_if_its_standard_output_is_closed(self) -> None:
         self.assertIn("Hostname: web-prod-01", self.assert_dry_run(str(SCRIPT)))
-
-    def test_closed_standard_output_is_not_a_failure(self) -> None:
         output = self.assert_dry_run("/bin/sh", "-c", '"$@" >&-', "sh", str(SCRIPT))
-        self.assertEqual((output, len(self.azure.requests)), ("", 2))
+        self.assertEqual((output, len(self.azure.requests)), ("", 4))
 
     def test_signal_that_the_parent_blocked_does_not_hide_a_timeout(self) -> None:
         self.azure.script("goalstate", [Silence()])
@@ -390,46 +347,37 @@ class ProcessTest(ScriptTest):
 
 
 class CommandLineTest(ScriptTest):
-    def test_dry_run_shows_all_and_touches_nothing(self) -> None:
+    def test_dry_run_waits_and_shows_all_and_touches_nothing(self) -> None:
         machine = self.machine()
+        self.azure.script("goalstate", [Status(500)])
         run = self.provision("--dry-run", machine=machine)
         self.assertEqual((run.status, machine.calls), (0, []))
-        self.assertEqual([r.method for r in self.azure.requests], ["GET", "GET"])
+        self.assertEqual([r.method for r in self.azure.requests], ["GET"] * 3)
         self.assertIn(f"<ContainerId>{self.azure.container_id}</ContainerId>", run.output)
         self.assertIn("Hostname: web-prod-01 (", run.output)
         self.assertRegex(run.lines[-1], "^Dry run: nothing was posted, nothing was changed")
-
-    def test_dry_run_waits_and_checks_as_the_real_one_does(self) -> None:
-        self.azure.script("goalstate", [Status(500)])
         self.azure.computer_name = "not_valid"
         self.assertEqual(self.provision("--dry-run").status, 1)
-        self.assertEqual(len(self.azure.asked("goalstate")), 2)
 
     def test_version_is_that_of_the_script_and_help_names_every_option(self) -> None:
         version, usage = self.provision("--version"), self.provision("--help")
         for run in (version, usage):
             self.assertEqual((run.status, run.errors), (0, ""))
         self.assertRegex(version.output, r"^azure_provision.py \d+\.\d+\.\d+\n$")
-        self.assertNotIn(version.output.split()[1], (ROOT / "pyproject.toml").read_text())
         for option in ("--wireserver", "--imds", "--dry-run", "--version", "--help"):
             self.assertIn(option, usage.output)
 
     def test_usage_errors_are_status_2_and_one_clear_line(self) -> None:
         both = "give both --wireserver and --imds, or neither$"
         cases = [
-            (["--no-such-option"], "unrecognized arguments: --no-such-option"),
-            (["argument"], "unrecognized arguments: argument"),
-            (["--dry"], "unrecognized arguments: --dry"),
-            (["--wireserver"], "argument --wireserver: expected one argument"),
+            (["--imds", "a b"], "argument --imds: invalid endpoint value"),
             (["--wireserver", self.azure.wireserver], both),
             (["--imds", self.azure.imds], both),
+            (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+            (["--dry"], "unrecognized arguments: --dry"),
         ]
-        not_endpoints = ["a b", "a\nb", "http://169.254.169.254", "x" * 64, "::1"]
-        for port in ("http", "0", "65536"):
-            not_endpoints.append("host:" + port)
-        for text in ("", *not_endpoints):
+        for text in ("", "a b", "http://169.254.169.254", "::1", "a:http", "a:0", "a:65536"):
             cases.append((["--wireserver", text], "argument --wireserver: invalid endpoint value"))
-            cases.append((["--imds", text], "argument --imds: invalid endpoint value"))
         for arguments, reason in cases:
             with self.subTest(arguments):
                 run = self.provision(*arguments, endpoints=False)
@@ -443,24 +391,22 @@ class PlatformTest(ScriptTest):
     def test_only_root_on_azure_is_provisioned_unless_the_endpoints_are_named(self) -> None:
         azure = "7783-7084-3265-9085-8269-3286-77\n"
         other = 'Not on Azure (the chassis asset tag is "{}"): nothing to do'.format
-        root, user, user_by_hand = {"uid": 0}, {"uid": 1000}, {"uid": 1000, "endpoints": True}
-        for tag, arguments, options, status, requests, last in (
-            ("Amazon EC2\n", [], root, 0, 0, other("Amazon EC2")),
-            ("", [], root, 0, 0, other("")),
-            ("a\nb\x1b", [], root, 0, 0, other(r"a\nb\x1b")),
-            (azure, [], root, 0, 3, "Provisioned as web-prod-01"),
-            (None, [], root, 0, 3, "Provisioned as web-prod-01"),
-            (None, [], user, 2, 0, "Not root: nothing was sent"),
-            (None, ["--dry-run"], user, 0, 2, "Dry run: nothing was posted"),
-            ("Amazon EC2\n", [], user_by_hand, 0, 3, "Provisioned as web-prod-01"),
+        for tag, arguments, uid, status, requests, last in (
+            ("Amazon EC2\n", [], 0, 0, 0, other("Amazon EC2")),
+            ("", [], 0, 0, 0, other("")),
+            ("a\nb\x1b", [], 0, 0, 0, other(r"a\nb\x1b")),
+            (azure, [], 0, 0, 3, "Provisioned as web-prod-01"),
+            (None, [], 0, 0, 3, "Provisioned as web-prod-01"),
+            (None, [], 1000, 2, 0, "Not root: nothing was sent"),
+            (None, ["--dry-run"], 1000, 0, 2, "Dry run: nothing was posted"),
+            ("Amazon EC2\n", self.endpoints, 1000, 0, 3, "Provisioned as web-prod-01"),
         ):
-            with self.subTest(tag, arguments=arguments, options=options):
+            with self.subTest(tag, arguments=arguments, uid=uid):
                 self.azure.requests.clear()
                 machine = self.machine()
                 if tag is not None:
                     machine.tag_file.write_text(tag)
-                settings: Dict[str, Any] = {"endpoints": False, "machine": machine}
-                run = self.provision(*arguments, **dict(settings, **options))
+                run = self.provision(*arguments, endpoints=False, machine=machine, uid=uid)
                 self.assertEqual((run.status, len(self.azure.requests)), (status, requests))
                 self.assertEqual(len(machine.calls), 3 if requests == 3 else 0)
                 self.assertTrue(run.lines[-1].startswith(last), run.output)

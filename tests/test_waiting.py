@@ -1,14 +1,12 @@
 """Faults of every class in every step, recovery after them, and both deadlines."""
 
 import tracemalloc
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
-import azure_provision
-from azure_provision import ProvisioningError
+from azure_provision import READY_LIMIT, ProvisioningError, keep_trying
 from tests.fake_azure import (
     OK,
     Answer,
-    Chunked,
     FakeAzure,
     Flood,
     Raw,
@@ -37,10 +35,7 @@ FAULTS: List[Tuple[Answer, str]] = [
     (Trickle(OK + b"X: "), TIMED_OUT),
     (Trickle(OK + b"Content-Length: 500\r\n\r\n", interval=0.1), TIMED_OUT),
     # Newer Pythons count these.
-    (
-        Flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
-        f"{TIMED_OUT}|more than 100 interim responses",
-    ),
+    (Flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000), f"{TIMED_OUT}|more than 100 interim"),
     (Flood(OK + b"\r\n"), TRUNCATED),
     (Flood(OK, b"X: y\r\n" * 1000), "got more than 100 headers"),
     (Flood(OK + b"X: "), "got more than 65536 bytes"),
@@ -48,9 +43,7 @@ FAULTS: List[Tuple[Answer, str]] = [
     (Flood(CHUNKED + b"fffffffffffff\r\n"), TRUNCATED),
     # Too much, or too little.
     (Text("x" * (MIB + 1)), TRUNCATED),
-    (Chunked("x" * (MIB + 1)), TRUNCATED),
     (Raw(OK + b"Content-Length: 99999999999999999999\r\n\r\nweb-prod"), TRUNCATED),
-    (Raw(OK + b"Content-Length: 40\r\n\r\nweb-prod"), TRUNCATED),
     (Raw(OK + b"Content-Length: 11\r\n\r\n"), TRUNCATED),
     (Raw(CHUNKED + b"20\r\nweb-prod\r\n"), "IncompleteRead"),
     (Raw(CHUNKED + b"hello\r\nweb\r\n0\r\n\r\n"), "IncompleteRead"),
@@ -59,9 +52,9 @@ FAULTS: List[Tuple[Answer, str]] = [
     (Trickle(b"HTTP/1.1 503 Later\r\nContent-Length: 5\r\n\r\n", b"", 1), " 503 Later"),
     (Raw(b"HTTP/1.1 500 no\r<3>forged\r\nContent-Length: 0\r\n\r\n"), r"500 no\\r<3>forged; gave"),
 ]
-for _status in (301, 302, 307, 401, 403, 409, 410, 429, 500, 502, 503, 504):
+for _status in (401, 410, 429, 500, 503):
     FAULTS.append((Status(_status), f" {_status} "))
-for _length in (b"0_3", b"+3", b"-3", b"3, 3", b"", b"\xb2", b"3\r\nContent-Length: 4"):
+for _length in (b"0_3", b"-3", b"", b"\xb2", b"3\r\nContent-Length: 4"):
     _answer = Raw(OK + b"Content-Length: " + _length + b"\r\n\r\nweb")
     FAULTS.append((_answer, "the Content-Length is not one number"))
 
@@ -71,74 +64,53 @@ class FaultTest(ScriptTest):
 
     def refuse(self, resource: str, answers: Sequence[Answer], reason: str) -> None:
         """The run fails at once, for REASON, when RESOURCE gives ANSWERS; nothing is changed."""
-        self.azure.script(resource, answers)
-        self.azure.requests.clear()
-        limits: Dict[str, Any] = {"READY_LIMIT": 0, "HOSTNAME_LIMIT": 0}
-        if TIMED_OUT in reason:
-            limits["RESPONSE_TIMEOUT"] = 0.25
-        machine = self.machine()
-        run = self.provision(machine=machine, **limits)
-        self.assertEqual((run.status, machine.calls), (1, []))
-        self.assertRegex(run.lines[-1], f"^Not provisioned: .*({reason})")
-        self.assertLess(len(run.lines[-1]), 360)
-        self.assertEqual(self.azure.requests[-1].resource, resource)
+        with self.subTest(resource, reason=reason):
+            self.azure.script(resource, answers)
+            self.azure.requests.clear()
+            limits: Dict[str, Any] = {"READY_LIMIT": 0, "HOSTNAME_LIMIT": 0}
+            limits["RESPONSE_TIMEOUT"] = 0.25 if TIMED_OUT in reason else 10
+            machine = self.machine()
+            run = self.provision(machine=machine, **limits)
+            self.assertEqual((run.status, machine.calls), (1, []))
+            self.assertRegex(run.lines[-1], f"^Not provisioned: .*({reason})")
+            self.assertLess(len(run.lines[-1]), 360)
+            self.assertEqual(self.azure.requests[-1].resource, resource)
 
-    def refuse_all_faults(self, resource: str, before: Sequence[Answer] = ()) -> None:
-        """Each fault fails the run, if it comes from RESOURCE after the answers BEFORE."""
-        for answer, reason in FAULTS:
-            with self.subTest(type(answer).__name__, reason=reason):
+    def test_faulty_answer_in_each_step(self) -> None:
+        for resource, before, statuses in (
+            ("goalstate", [], (201, 204, 400)),
+            ("health", [], (400, 404)),
+            ("compute", [], ()),
+            ("compute", [Status(400), Status(400)], ()),  # an old IMDS
+        ):
+            faults = [(Status(status), f" {status} ") for status in statuses]
+            for answer, reason in (*FAULTS, *faults):
                 self.refuse(resource, [*before, answer], reason)
-
-    def test_faulty_goal_state(self) -> None:
-        self.refuse_all_faults("goalstate")
-        for status in (201, 204, 299, 400, 404):
-            self.refuse("goalstate", [Status(status)], f" {status}")
-
-    def test_faulty_answer_to_the_health_report(self) -> None:
-        self.refuse_all_faults("health")
-        for status in (400, 404):
-            self.refuse("health", [Status(status)], f" {status} ")
-        self.assertFalse(self.azure.ready.is_set())
-
-    def test_faulty_compute_metadata(self) -> None:
-        self.refuse_all_faults("compute")
-
-    def test_faulty_compute_metadata_of_an_old_imds(self) -> None:
-        self.refuse_all_faults("compute", before=[Status(400), Status(400)])
+            self.assertEqual(self.azure.ready.is_set(), resource == "compute")
 
     def test_invalid_goal_state(self) -> None:
         cases: List[Tuple[Union[bytes, str], str]] = [
             ("", "is not valid XML: no element found"),
-            ("{}", "is not valid XML"),
-            ("<GoalState><Container>", "is not valid XML"),
             ("<a>" * 100000, "is not valid XML"),
             ("<html><body>It works!</body></html>", "no ContainerId or no InstanceId"),
             ('<!DOCTYPE x [<!ENTITY a "a">]><GoalState>&a;</GoalState>', "has a DOCTYPE or a NUL"),
-            ("<GoalState>&x;</GoalState>", "is not valid XML: undefined entity"),
             ("<GoalState>&a\u2028\x85;</GoalState>", "is not valid XML"),
-            ("<GoalState>\0</GoalState>", "has a DOCTYPE or a NUL"),
-            (b"<GoalState>\xff</GoalState>", "is not valid XML: .*utf-8"),
             # UTF-16 would hide a DOCTYPE.
-            (
-                '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE x><GoalState/>'.encode("utf-16"),
-                "is not valid XML: .*utf-8",
-            ),
+            ("<!DOCTYPE x><GoalState/>".encode("utf-16"), "is not valid XML: .*utf-8"),
             ("<!DOCTYPE x><GoalState/>".encode("utf-16-le"), "has a DOCTYPE or a NUL"),
         ]
         for name in ("ContainerId", "InstanceId"):
             start, rest = self.azure.goal_state().split(f"<{name}>")
             end = rest.split(f"</{name}>")[1]
-            for element in ("", f"<{name}/>", f"<{name}> \n </{name}>"):
+            for element in ("", f"<{name}> \n </{name}>"):
                 cases.append((start + element + end, "no ContainerId or no InstanceId"))
         for goal_state, reason in cases:
-            with self.subTest(goal_state[:60], reason=reason):
-                self.refuse("goalstate", [Text(goal_state)], f"The goal state .*{reason}")
+            self.refuse("goalstate", [Text(goal_state)], f"The goal state .*{reason}")
 
     def test_memory_is_bounded_whatever_is_sent(self) -> None:
-        goal_state = Text("<GoalState>" + "<a/>" * 200000 + "</GoalState>")
-        cases: List[Tuple[Answer, str]] = [(goal_state, "no ContainerId or no InstanceId")]
-        cases += [(answer, reason) for answer, reason in FAULTS if isinstance(answer, Flood)]
-        self.assertGreater(len(cases), 6)
+        cases: List[Tuple[Answer, str]] = [fault for fault in FAULTS if isinstance(fault[0], Flood)]
+        large = "<GoalState>" + "<a/>" * 200000 + "</GoalState>"
+        cases.append((Text(large), "no ContainerId or no InstanceId"))
         tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         for answer, reason in cases:
@@ -149,26 +121,20 @@ class FaultTest(ScriptTest):
 class RecoveryTest(ScriptTest):
     def test_every_fault_in_a_row_in_each_step_and_then_success(self) -> None:
         cut = Raw(OK + b"Content-Length: 40\r\n\r\nweb-prod")
-        flaws: List[Answer] = [
-            Reset(),
-            *map(Status, (500, 429, 503, 410)),
-            Raw(b"garbage\r\n\r\n"),
-            cut,
-        ]
+        flaws: List[Answer] = [Reset(), *map(Status, (500, 429, 503, 410))]
+        flaws += [Raw(b"garbage\r\n\r\n"), cut]
         for resource in ("goalstate", "health", "compute"):
             self.azure.script(resource, flaws)
         machine = self.machine()
         run = self.provision(machine=machine)
         self.assertEqual(run.status, 0, run.output)
-        self.assertEqual(
-            [request.resource for request in self.azure.requests],
-            ["goalstate"] * len(flaws)
-            + ["goalstate", "health"] * (len(flaws) + 1)
-            + ["compute"] * (len(flaws) + 1),
-        )
+        count = len(flaws)
+        requests = [request.resource for request in self.azure.requests]
+        posts = ["goalstate", "health"] * (count + 1)
+        self.assertEqual(requests, ["goalstate"] * count + posts + ["compute"] * (count + 1))
         self.assertEqual(machine.calls[0], "hostnamectl set-hostname web-prod-01")
-        self.assertIn(f"Succeeded on attempt {2 * len(flaws) + 1} after ", run.output)
-        self.assertIn(f"Succeeded on attempt {len(flaws) + 1} after ", run.output)
+        self.assertIn(f"Succeeded on attempt {2 * count + 1} after ", run.output)
+        self.assertIn(f"Succeeded on attempt {count + 1} after ", run.output)
 
     def test_refused_connection_is_tried_until_someone_listens(self) -> None:
         unused = self.unused_port()
@@ -195,20 +161,20 @@ class DeadlineTest(ScriptTest):
     """Each limit, on a clock on which pauses take no time."""
 
     def test_run_gives_up_at_the_limit_and_changes_nothing(self) -> None:
-        cases: List[Tuple[str, Answer, str, str]] = [
-            ("goalstate", Status(503), "READY_LIMIT", "503"),
-            ("goalstate", Silence(), "READY_LIMIT", TIMED_OUT),
-            ("health", Status(500), "READY_LIMIT", "500"),
-            ("compute", Status(429), "HOSTNAME_LIMIT", "429"),
-            ("compute", Status(404), "HOSTNAME_LIMIT", "404"),
-            ("compute", Text("{}"), "HOSTNAME_LIMIT", "neither a computer name nor a VM name"),
-            ("compute", Text("<a>"), "HOSTNAME_LIMIT", "did not send compute metadata, but: <a>"),
+        cases: List[Tuple[str, Answer, str]] = [
+            ("goalstate", Status(503), "503"),
+            ("goalstate", Silence(), TIMED_OUT),
+            ("health", Status(500), "500"),
+            ("compute", Status(429), "429"),
+            ("compute", Text("{}"), "neither a computer name nor a VM name"),
+            ("compute", Text("<a>"), "did not send compute metadata, but: <a>"),
         ]
-        for resource, answer, limit, reason in cases:
+        for resource, answer, reason in cases:
             with self.subTest(resource, reason=reason):
                 self.azure.ready.clear()
                 self.azure.script(resource, [], forever=answer)
                 clock, machine = Clock(), self.machine()
+                limit = "HOSTNAME_LIMIT" if resource == "compute" else "READY_LIMIT"
                 options: Dict[str, Any] = {limit: 1, "time": clock, "journal": True}
                 options["RESPONSE_TIMEOUT"] = 0.05 if reason == TIMED_OUT else 10
                 run = self.provision(machine=machine, **options)
@@ -219,22 +185,19 @@ class DeadlineTest(ScriptTest):
                 self.assertTrue(1 <= clock.now < 2, clock.now)
                 self.assertEqual(self.azure.ready.is_set(), resource == "compute")
 
-    def outage(self, reason: Callable[[int], str]) -> Tuple[List[float], List[str]]:
-        """The pauses and the lines of a step that fails for all of its twenty minutes."""
+    def outage(self, kinds: int) -> Tuple[List[float], List[str]]:
+        """The pauses and lines of a step that fails for twenty minutes, for KINDS of reasons."""
         clock = Clock()
 
         def attempt() -> Tuple[str, str]:
-            raise ProvisioningError(reason(len(clock.pauses)))
+            raise ProvisioningError(f"reason {len(clock.pauses) % kinds}")
 
-        def step(*_: Any) -> None:
-            azure_provision.keep_trying(attempt, azure_provision.READY_LIMIT)
-
-        run = self.provision(time=clock, report_ready=step)
+        run = self.provision(time=clock, report_ready=lambda *_: keep_trying(attempt, READY_LIMIT))
         self.assertRegex(run.lines[-1], r"gave up after \d+ attempts in 120[01] s")
         return clock.pauses, run.lines[:-1]
 
     def test_pause_is_a_quarter_of_the_time_spent(self) -> None:
-        pauses, _ = self.outage(lambda _: "refused")
+        pauses, _ = self.outage(1)
         spent = 0.0
         for pause in pauses:
             self.assertAlmostEqual(pause, min(max(spent / 4, 0.05), 1))
@@ -244,12 +207,5 @@ class DeadlineTest(ScriptTest):
         self.assertTrue(1200 <= spent < 1201, spent)
 
     def test_outage_is_a_few_lines_even_if_its_reason_always_changes(self) -> None:
-        self.assertEqual(len(self.outage(lambda _: "refused")[1]), 1)
-        _, lines = self.outage(lambda count: f"reason {count}")
-        self.assertEqual(len(lines), 10)
-        self.assertEqual(len(self.outage(lambda count: f"reason {count % 2}")[1]), 10)
-
-    def test_unreachable_platform_for_the_whole_limit_leaves_a_short_journal(self) -> None:
-        endpoint = "{}:{}".format(*self.unused_port().getsockname())
-        run = self.provision("--wireserver", endpoint)
-        self.assertEqual((run.status, len(run.lines)), (1, 2), run.output)
+        for kinds, lines in ((1, 1), (2, 10), (10000, 10)):
+            self.assertEqual(len(self.outage(kinds)[1]), lines)
