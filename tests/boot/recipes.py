@@ -76,7 +76,7 @@ class PackerTest(VMTest):
         """Run a line of shell, which must end with STATUS; return what it says."""
         done = attempt(
             *("systemd-nspawn", "--quiet", "--pipe", "--register=no", "--keep-unit"),
-            *(f"--machine=azure-recipe-{self.directory.name}", "--private-network"),
+            *(f"--machine={self.directory.name}", "--private-network"),
             *(f"--bind={self.tmp}:/tmp", f"--directory={self.tree.root}"),
             *("/bin/sh", "-c", line),
         )

@@ -158,4 +158,4 @@ class FirstBootTest(BootTest):
         # What systemd needs for its IP filter, and a container lacks.
         machine.options += ["--system-call-filter=bpf", "--capability=all"]
         boot = machine.boot(self.network)
-        self.assertEqual(boot.messages("azure-provisioning"), PROBED, boot)
+        self.assertEqual(boot.lines, [f"<6>{line}" for line in PROBED], boot)
