@@ -164,8 +164,8 @@ class Machine:
             file.unlink()
         command = [
             *("systemd-nspawn", "--quiet", f"--directory={self.root}", "--boot"),
-            f"--network-namespace-path={network.path}",
             *("--console=interactive", "--register=no", "--keep-unit"),
+            f"--network-namespace-path={network.path}",
             "--kill-signal=SIGKILL",  # that its PID 1 gets when systemd-nspawn is terminated
             *("--capability=CAP_NET_ADMIN,CAP_NET_RAW", f"--bind={self.report}:/report"),
             *self.sys,

@@ -17,8 +17,6 @@ CLONE_NEWNET = 0x40000000  # setns(2)
 
 
 class Namespace:
-    """A network namespace of its own; nothing leaves it."""
-
     def __init__(self) -> None:
         self.name = new_name()
         self.path = NETNS / self.name
@@ -83,8 +81,6 @@ class DhcpServer:
                 *("--dhcp-leasefile=/dev/null", "--leasefile-ro", "--user=root"),
                 *options,
             ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             universal_newlines=True,
         )

@@ -59,10 +59,7 @@ class PackerTest(VMTest):
         write(self.tree.root, "usr/bin/sudo", '#!/bin/sh\nexec "$@"\n', 0o755)
 
     def shell_provisioner(self) -> str:
-        """The line that Packer's shell provisioner runs.
-
-        See https://developer.hashicorp.com/packer/docs/provisioners/shell.
-        """
+        """What it runs: https://developer.hashicorp.com/packer/docs/provisioners/shell."""
         (recipe,) = blocks("With Packer", "hcl")
         inline = json.loads(found(r" inline += (\[.*\])", recipe))
         write(self.tmp, "script_1234.sh", "\n".join(["#!/bin/sh -e", *inline, ""]))
@@ -118,7 +115,7 @@ cloud_config_modules: []
 cloud_final_modules: []
 """
 
-# Says on the console what no two VMs of an image may share: the machine-id and the host keys.
+# What no two VMs of an image may share: the machine-id and the host keys.
 IDENTITY = """\
 keys=$(for key in /etc/ssh/ssh_host_*_key.pub; do ssh-keygen -lf "$key"; done | cut -d " " -f 2)
 echo $(cat /etc/machine-id) $keys, sshd $(systemctl is-active ssh)
@@ -151,19 +148,15 @@ class ImageTest(VMTest):
         prompt = "serial-getty@ttyS0.service"
         add_service(tree.root, "identity", IDENTITY, after="ssh.service", before=prompt)
 
-    def rehearse(self, disk: Path) -> List[List[str]]:
-        """Rehearse DISK; return who its VMs are: the first, the second, the second again."""
+    def rehearse(self, disk: Path, builder: Sequence[str] = ()) -> None:
+        """DISK provisions, and each VM of it has an identity of its own, and keeps it."""
         console = self.directory / "console"
         options = (f"--timeout={TIMEOUT}", f"--console={console}")
         done = attempt(sys.executable, "-m", "tests.rehearse", disk, *options, cwd=ROOT)
         note(done.stdout)
         said = console.read_text(encoding="utf-8")
         self.assertEqual(done.returncode, 0, f"{done.stdout}\n{said}")
-        return identities(said)
-
-    def assert_distinct(self, boots: List[List[str]], builder: Sequence[str] = ()) -> None:
-        """Each VM has an identity of its own, and keeps it."""
-        first, second, again = boots
+        first, second, again = identities(said)
         self.assertEqual(second, again)
         everything = [*first, *second, *builder]
         self.assertEqual(len(set(everything)), len(everything), everything)
@@ -188,7 +181,7 @@ class LiveTest(ImageTest):
             disk = [f"driver=qcow2,file.filename={vm.path('disk')}"]
             disk += [f"backing.{option}" for option in split_options(vm.image.options)]
             command("qemu-img", "convert", "--image-opts", ",".join(disk), "-O", "qcow2", image)
-        self.assert_distinct(self.rehearse(image), builder)
+        self.rehearse(image, builder)
 
 
 class Unpacked(Tree):
@@ -208,17 +201,15 @@ class DirectoryTest(ImageTest):
         command("sh", "-e", "-c", mmdebstrap, cwd=project)
         tree = Unpacked(self.directory, project / "image.tar")
         self.add_identity_service(tree)
-        self.assert_distinct(self.rehearse(tree.disk()))
+        self.rehearse(tree.disk())
 
 
 MKOSI_CONF = """\
 [Distribution]
 Distribution=debian
 Release=bookworm
-
 [Output]
 Format=directory
-
 [Content]
 Bootable=no
 Packages=systemd,systemd-sysv,dbus,python3,openssh-server

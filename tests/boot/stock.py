@@ -48,12 +48,3 @@ class StockTest(DhcpBootTest):
         for client in (*CLIENTS, *MORE_CLIENTS):
             for delay in (0, 3) * COUNT:
                 self.check(client, delay)
-
-    def test_network_that_does_not_come_back_is_a_notice(self) -> None:
-        server = self.serve()
-        with self.networkd_machine().start(self.network) as boot:
-            self.azure.wait_for("compute")
-            server.stop()
-            boot.finish()
-        self.assert_provisioned(boot)
-        self.assert_line(boot, "<5>Hostname not published: the network of host0 is not")
