@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Sequence, Tuple
 
 from tests.boot.disk import Tree
-from tests.boot.host import attempt, command
+from tests.boot.host import attempt, command, new_directory
 from tests.boot.machine import add_service
 from tests.boot.whole import VMTest
 from tests.harness import INSTALLER, ROOT, SCRIPT
@@ -35,13 +35,9 @@ def install(tree: Tree) -> None:
 
 
 def sound(tree: Tree) -> None:
+    """A sound image, which tries to reach the machine that runs QEMU, where somebody listens."""
     tree.use_networkd()
     install(tree)
-
-
-def curious(tree: Tree) -> None:
-    """A sound image that tries to reach the machine that runs QEMU, where somebody listens."""
-    sound(tree)
     add_service(tree.root, "curious", "exec 3<>/dev/tcp/168.0.0.2/$(cat /port); echo connected: $?")
 
 
@@ -112,7 +108,7 @@ CASES = [
         options=["--faults", "--name=web"],
     ),
     Case(
-        curious,
+        sound,
         CORRECTLY,
         [
             "vpc, 1,024 MiB, generation 1; .*a private network",
@@ -160,7 +156,7 @@ class RehearsalTest(VMTest):
         return done.returncode, console.read_text(encoding="utf-8") + done.stdout
 
     def build_and_rehearse(self, case: Case, port: int) -> Tuple[int, str]:
-        tree = Tree(self.directory / case.prepare.__name__, case.packages)
+        tree = Tree(new_directory(), case.packages)
         tree.write("port", str(port))
         case.prepare(tree)
         raw, image = tree.disk(case.generation), tree.directory / "image"
@@ -190,7 +186,7 @@ class RehearsalTest(VMTest):
         cases = [case for case in CASES if ONLY in (None, case.prepare.__name__)]
         with socket.socket() as listener, ThreadPoolExecutor(2) as pool:
             listener.bind(("127.0.0.1", 0))
-            listener.listen(1)
+            listener.listen()
             listener.settimeout(0)
             port = listener.getsockname()[1]
             results = [pool.submit(self.build_and_rehearse, case, port) for case in cases]
@@ -216,9 +212,7 @@ class RehearsalTest(VMTest):
         footer[56:60] = bytes([993 >> 8, 993 & 255, 4, 17])  # cylinders, heads, sectors
         footer[64:68] = bytes(4)  # the checksum, which is of all but itself
         footer[64:68] = (~sum(footer) & 0xFFFFFFFF).to_bytes(4, "big")
-        with open(str(image), "r+b") as file:
-            file.seek(-512, os.SEEK_END)
-            file.write(footer)
+        image.write_bytes(image.read_bytes()[:-512] + footer)
         self.assertEqual(inspect(image).size, 33 * 1024 * 1024)
         by_geometry = command("qemu-img", "info", "-f", "vpc", "--output=json", image)
         self.assertNotIn(f"{33 << 20},", by_geometry)

@@ -23,23 +23,18 @@ def netplan(machine: Machine) -> None:
     enable(machine.root, "systemd-networkd.service")
 
 
-def profile(machine: Machine) -> None:
-    machine.write("etc/NetworkManager/system-connections/cable.nmconnection", PROFILE, 0o600)
-
-
-def slow_dispatcher(machine: Machine) -> None:
-    script = "etc/NetworkManager/dispatcher.d/pre-up.d/10-slow"
-    machine.write(script, "#!/bin/sh\nsleep 1\n", 0o755)
+def profile_and_slow_script(machine: Machine) -> None:
+    etc = "etc/NetworkManager"
+    machine.write(f"{etc}/system-connections/cable.nmconnection", PROFILE, 0o600)
+    machine.write(f"{etc}/dispatcher.d/pre-up.d/10-slow", "#!/bin/sh\nsleep 1\n", 0o755)
 
 
 MORE_CLIENTS = [
     Client("plain", NETWORKD, dhcp_yes),
     Client("netplan", NETWORKD, netplan),
-    Client("polkit", NETWORKD, Machine.use_networkd),
-    Client("network-manager", NETWORK_MANAGER, profile),
     Client("network-manager-polkit", NETWORK_MANAGER),
     Client("network-manager-broker", NETWORK_MANAGER),
-    Client("network-manager", NETWORK_MANAGER, slow_dispatcher),
+    Client("network-manager", NETWORK_MANAGER, profile_and_slow_script),
 ]
 
 

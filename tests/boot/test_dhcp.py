@@ -40,8 +40,7 @@ class DhcpBootTest(BootTest):
         self.cable = connect(self.router, self.network)
 
     def serve(self, delay: int = 0) -> DhcpServer:
-        """A DHCP server, which takes DELAY seconds for each offer."""
-        # It would ping an address for 3 s before it offers it.
+        """A DHCP server, which takes DELAY seconds for each offer, and not 3 more for a ping."""
         options = ("--no-ping", f"--dhcp-reply-delay={delay}")
         server = DhcpServer(self.router, self.cable, *options)
         self.addCleanup(server.stop)
@@ -50,11 +49,6 @@ class DhcpBootTest(BootTest):
     def machine(self, variant: str = "plain") -> Machine:
         machine = super().machine(variant)
         add_next_service(machine.root)
-        return machine
-
-    def networkd_machine(self) -> Machine:
-        machine = self.machine()
-        machine.use_networkd()
         return machine
 
     def assert_published(self, boot: Boot, server: DhcpServer, command: str) -> None:
@@ -68,7 +62,6 @@ class DhcpBootTest(BootTest):
         self.assertEqual(last.address, first.address)
         for ack in server.acknowledgements[1:]:
             self.assertLess(self.azure.requests[-1].time, ack.time, "the last exchange comes first")
-        self.assertIn(first.address, boot.addresses)
         self.assertEqual(boot.messages("next"), [f"<6>{CONNECTED}"], boot)
 
     def check(self, client: Client, delay: int = 0) -> None:
@@ -89,7 +82,9 @@ class DhcpTest(DhcpBootTest):
 
     def test_dhcp_that_answers_late(self) -> None:
         server = self.serve(delay=3)
-        boot = self.networkd_machine().boot(self.network)
+        machine = self.machine()
+        machine.use_networkd()
+        boot = machine.boot(self.network)
         self.assert_published(boot, server, NETWORKD)
         waited = server.acknowledgements[0].time - boot.seconds("ExecMainStart")
         lag = self.azure.asked("health")[0].time - server.acknowledgements[0].time
