@@ -32,13 +32,6 @@ def blocks(heading: str, language: str) -> List[str]:
     return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", section)
 
 
-def found(pattern: str, text: str) -> str:
-    """The group of a pattern that TEXT must match."""
-    match = re.search(pattern, text)
-    assert match is not None, pattern
-    return str(match.group(1))
-
-
 def copy_project(directory: Path) -> None:
     """Copy what install.sh needs, with the scripts of the README beside it."""
     directory.mkdir(parents=True)
@@ -61,9 +54,10 @@ class PackerTest(VMTest):
     def shell_provisioner(self) -> str:
         """What it runs: https://developer.hashicorp.com/packer/docs/provisioners/shell."""
         (recipe,) = blocks("With Packer", "hcl")
-        inline = json.loads(found(r" inline += (\[.*\])", recipe))
-        write(self.tmp, "script_1234.sh", "\n".join(["#!/bin/sh -e", *inline, ""]))
-        execute: str = json.loads(found(r'execute_command += (".*")', recipe))
+        (inline,) = re.findall(r" inline += (\[.*\])", recipe)
+        write(self.tmp, "script_1234.sh", "\n".join(["#!/bin/sh -e", *json.loads(inline), ""]))
+        (quoted,) = re.findall(r'execute_command += (".*")', recipe)
+        execute: str = json.loads(quoted)
         execute = execute.replace("{{ .Path }}", "/tmp/script_1234.sh")
         execute = execute.replace("{{ .Vars }}", "PACKER_BUILD_NAME='image'")
         self.assertNotIn("{{", execute)
@@ -97,11 +91,12 @@ class PackerTest(VMTest):
         check = "cd /tmp/azure-provision && ./install.sh --check"
         said = self.run_in_tree(f"{first_boot} && {check}", status=1)
         self.assertIn("is disabled, as on a provisioned VM", said)
-        again = found(r"`(sh .*)`\s+again", README)
+        (again,) = re.findall(r"`(sh .*)`\s+again", README)
         self.assert_sound(self.run_in_tree(f"cd /tmp/azure-provision && {again}"))
 
     def test_netplan_has_the_same_match(self) -> None:
-        write(self.tmp, "root/etc/netplan/80-dhcp.yaml", found(r"`(\{network: .*\})`", README))
+        (netplan,) = re.findall(r"`(\{network: .*\})`", README)
+        write(self.tmp, "root/etc/netplan/80-dhcp.yaml", netplan)
         self.run_in_tree("netplan generate --root-dir /tmp/root")
         (network,) = (self.tmp / "root/run/systemd/network").iterdir()
         text = network.read_text(encoding="utf-8")
@@ -252,7 +247,6 @@ class MkosiTest(VMTest):
         write(work, presets, "disable *\n")
         isolated = ("unshare", "--mount", "--pid", "--fork")
         done = attempt(*isolated, "sh", "-e", "-c", RUN_MKOSI, cwd=self.directory)
-        note(done.stdout)
         self.assertEqual(done.returncode, 0, done.stdout)
         self.assertIn("No problem was found in", done.stdout)
         wants = work / "image/etc/systemd/system/multi-user.target.wants"

@@ -14,10 +14,6 @@ NETPLAN = '{network: {version: 2, ethernets: {all: {match: {name: "host*"}, dhcp
 PROFILE = "[connection]\nid=cable\ntype=ethernet\n\n[ipv4]\nmethod=auto\n"
 
 
-def dhcp_yes(machine: Machine) -> None:
-    machine.use_networkd("yes")
-
-
 def netplan(machine: Machine) -> None:
     machine.write("etc/netplan/01-all.yaml", NETPLAN, 0o600)
     enable(machine.root, "systemd-networkd.service")
@@ -30,7 +26,7 @@ def profile_and_slow_script(machine: Machine) -> None:
 
 
 MORE_CLIENTS = [
-    Client("plain", NETWORKD, dhcp_yes),
+    Client("plain", NETWORKD, lambda machine: machine.use_networkd("yes")),
     Client("netplan", NETWORKD, netplan),
     Client("network-manager-polkit", NETWORK_MANAGER),
     Client("network-manager-broker", NETWORK_MANAGER),

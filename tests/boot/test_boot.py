@@ -110,8 +110,7 @@ class FirstBootTest(BootTest):
                     self.assert_provisioned(boot, stored=False)
                     self.assert_line(boot, "<5>hostnamectl: ")
                     (warning,) = [line for line in boot.lines if line.startswith("<4>")]
-                    error = "/etc/hostname: Read-only file system; .* stays enabled"
-                    self.assertRegex(warning, error)
+                    self.assertRegex(warning, "/etc/hostname: Read-only .*; .* stays enabled")
 
     def test_bad_name_changes_nothing_and_the_next_boot_mends_it(self) -> None:
         self.azure.computer_name = "myset_0"
@@ -121,8 +120,7 @@ class FirstBootTest(BootTest):
         self.assertEqual((boot.hostname, boot.etc_hostname), ("golden-image", "golden-image"), boot)
         self.assertEqual((boot.unit["Result"], boot.unit["ActiveState"]), ("exit-code", "failed"))
         self.assertEqual((boot.unit["ExecMainStatus"], boot.enabled), ("1", "enabled"))
-        reason = "^<3>Not provisioned: .*not a valid hostname: myset_0; the"
-        self.assertRegex(boot.lines[-1], reason)
+        self.assertRegex(boot.lines[-1], "^<3>Not provisioned: .*not a valid hostname: myset_0; ")
         self.assertEqual(len(self.azure.requests), 3)
 
         self.azure.computer_name = "myset000000"

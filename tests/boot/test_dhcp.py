@@ -7,7 +7,6 @@ from tests.boot.network import DhcpServer, connect
 
 NETWORKD = "networkctl reconfigure host0"
 NETWORK_MANAGER = "nmcli device connect host0"
-IFUPDOWN = "systemctl try-restart networking.service"
 
 
 class Client(NamedTuple):
@@ -25,7 +24,7 @@ def ifupdown(machine: Machine) -> None:
 CLIENTS = [
     Client("plain", NETWORKD, Machine.use_networkd),
     Client("network-manager", NETWORK_MANAGER),  # makes a profile for every cable
-    Client("ifupdown", IFUPDOWN, ifupdown),
+    Client("ifupdown", "systemctl try-restart networking.service", ifupdown),
 ]
 
 
@@ -88,7 +87,6 @@ class DhcpTest(DhcpBootTest):
         self.assert_published(boot, server, NETWORKD)
         waited = server.acknowledgements[0].time - boot.seconds("ExecMainStart")
         lag = self.azure.asked("health")[0].time - server.acknowledgements[0].time
-        self.figure(f"DHCP answered after {waited:.2f} s, Ready {lag:.2f} s later")
         self.assertGreater(waited, 2)
         self.assertLess(lag, waited / 4 + 0.5)
         (retry,) = [line for line in boot.lines if "retrying" in line]

@@ -23,7 +23,7 @@ INTERFACES = "auto lo\niface lo inet loopback\n\n{} ens3\niface ens3 inet dhcp\n
 
 
 class VMTest(unittest.TestCase):
-    """A test with whole VMs, and a directory for their images, `self.directory`."""
+    """A test with whole VMs, which has a directory, `self.directory`."""
 
     @classmethod
     def setUpClass(cls) -> None:
