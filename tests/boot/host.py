@@ -12,21 +12,15 @@ from pathlib import Path
 from typing import Any, List, Optional, Sequence
 
 CACHE = Path(os.environ.get("BOOT_CACHE", "/var/cache/azure-provision-boot"))
-RUN = CACHE / "run"  # what a run makes, each part named after its process
-PREFIX = "azboot-"  # of network namespaces
+RUN = CACHE / "run"  # directories that a run makes
+NETNS = Path("/run/netns")  # ip-netns(8)
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-
-TOOLS = {  # and their packages in Debian
-    "systemd-nspawn": "systemd-container",
-    "mmdebstrap": "mmdebstrap",
-    "ip": "iproute2",
-    "dnsmasq": "dnsmasq-base",
-}
 
 
 def missing() -> List[str]:
     """What the boot tests need and this machine does not have."""
-    absent = [f"{tool} ({package})" for tool, package in TOOLS.items() if which(tool) is None]
+    tools = ("systemd-nspawn", "mmdebstrap", "ip", "dnsmasq")
+    absent = [tool for tool in tools if which(tool) is None]
     return absent if os.geteuid() == 0 else ["root", *absent]
 
 
@@ -52,7 +46,7 @@ def attempt(
     *words: Any, cwd: Optional[Path] = None, stderr: int = subprocess.STDOUT, **environment: Any
 ) -> "subprocess.CompletedProcess[str]":
     """Run a command to its end, whatever its status; its errors are part of its output."""
-    settings = dict(environment, PATH=PATH, LC_ALL="C.UTF-8")
+    environment.update(PATH=PATH, LC_ALL="C.UTF-8")
     return subprocess.run(
         [str(word) for word in words],
         stdin=subprocess.DEVNULL,
@@ -60,8 +54,8 @@ def attempt(
         stderr=stderr,
         encoding="utf-8",
         errors="replace",
-        cwd=str(cwd) if cwd else None,
-        env=dict(os.environ, **{name: str(value) for name, value in settings.items()}),
+        cwd=cwd,
+        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
     )
 
 
@@ -79,14 +73,14 @@ _numbers = itertools.count()
 
 
 def new_name() -> str:
-    """A name with the number of this process."""
+    """A name of our own, with the number of this process."""
     number = next(_numbers)
     if number == 0:
         sweep()
         atexit.register(sweep)
         for name in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(name, lambda number, frame: sys.exit(128 + number))
-    return f"{os.getpid()}-{number}"
+    return f"azboot-{os.getpid()}-{number}"
 
 
 def new_directory() -> Path:
@@ -98,17 +92,14 @@ def new_directory() -> Path:
 
 def sweep() -> None:
     """Remove what is named after this process, or after one that is gone."""
-
-    def is_left(name: str) -> bool:
-        process = name.split("-")[0]
-        return process == str(os.getpid()) or not Path("/proc", process).exists()
-
-    for entry in command("ip", "netns", "list").split():
-        if entry.startswith(PREFIX) and is_left(entry[len(PREFIX) :]):
-            command("ip", "netns", "delete", entry)
-    for directory in RUN.glob("*-*"):
-        if is_left(directory.name):
-            remove_tree(directory)
+    for path in [*NETNS.glob("azboot-*"), *RUN.glob("azboot-*")]:
+        process = path.name.split("-")[1]
+        if process != str(os.getpid()) and Path("/proc", process).exists():
+            continue
+        if path.parent == NETNS:
+            command("ip", "netns", "delete", path.name)
+        else:
+            remove_tree(path)
 
 
 def remove_tree(directory: Path) -> None:

@@ -6,11 +6,10 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import List, NamedTuple
 
 from azure_provision import IMDS, WIRESERVER
-from tests.boot.host import PREFIX, command, new_name, which
+from tests.boot.host import NETNS, command, new_name, which
 from tests.fake_azure import Address, FakeAzure, listen
 
 HOST_INTERFACE = "host0"  # the machine's end of a cable
@@ -18,11 +17,9 @@ CLONE_NEWNET = 0x40000000  # setns(2)
 
 
 class Namespace:
-    """A network namespace of its own; nothing leaves it."""
-
     def __init__(self) -> None:
-        self.name = PREFIX + new_name()
-        self.path = Path("/run/netns", self.name)
+        self.name = new_name()
+        self.path = NETNS / self.name
         command("ip", "netns", "add", self.name)
         self.ip("link", "set", "lo", "up")
 
@@ -40,9 +37,7 @@ class Namespace:
     def _enter(self) -> None:
         """Move this thread into the namespace."""
         with self.path.open() as file:
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.setns(file.fileno(), CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "setns")
+            assert ctypes.CDLL(None).setns(file.fileno(), CLONE_NEWNET) == 0
 
     def azure(
         self, wireserver: Address = (WIRESERVER, 80), imds: Address = (IMDS, 80)
@@ -76,7 +71,6 @@ class DhcpServer:
     """dnsmasq in the namespace of a router, at the other end of the machine's cable."""
 
     def __init__(self, router: Namespace, interface: str, *options: str) -> None:
-        self.lines: List[str] = []
         self.acknowledgements: List[Acknowledgement] = []
         self.process = subprocess.Popen(
             [
@@ -87,8 +81,6 @@ class DhcpServer:
                 *("--dhcp-leasefile=/dev/null", "--leasefile-ro", "--user=root"),
                 *options,
             ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             universal_newlines=True,
         )
@@ -99,7 +91,6 @@ class DhcpServer:
         assert self.process.stderr is not None
         with self.process.stderr as log:
             for line in log:
-                self.lines.append(line.rstrip())
                 found = re.search(r"DHCPACK\(\S+\) (\S+) \S+ ?(\S*)", line)
                 if found:
                     now = time.monotonic()
