@@ -324,6 +324,9 @@ class ProcessTest(ScriptTest):
         output = self.assert_dry_run(sys.executable, "-I", "-c", impatient, str(SCRIPT))
         self.assertIn("timed out after 0 s", output)
 
+    def test_ssl_is_not_loaded(self) -> None:
+        self.assertIsNone(sys.modules["ssl"])
+
     def test_each_line_is_flushed_and_a_reader_that_goes_away_does_not_stop_the_run(self) -> None:
         machine = self.machine()
         self.azure.script("compute", [Status(404)] * 15)
