@@ -151,8 +151,8 @@ def exchange(
     host: str, method: str, path: str, headers: Headers, accept: Sequence[int], body: str = ""
 ) -> Tuple[str, bytes]:
     """Send a request; return the status line ("200 OK") and the body if the status is in ACCEPT."""
-    buffer = mmap.mmap(-1, MAX_BODY + 1)  # takes only the memory that is written to
     try:
+        buffer = mmap.mmap(-1, MAX_BODY + 1)  # takes only the memory that is written to
         with time_limit(RESPONSE_TIMEOUT), closing(HTTPConnection(host)) as connection:
             headers = {"Connection": "close", **headers}
             connection.request(method, path, body.encode("utf-8") or None, headers)

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Install azure_provision.py and its unit into an image: this machine, or the tree at DESTDIR.
-# shellcheck disable=SC2046,SC2086 # lists of patterns are split and expanded on purpose
+# shellcheck disable=SC2046,SC2048,SC2086 # lists of patterns are split and expanded on purpose
 
 set -eu
 umask 022
@@ -87,6 +87,7 @@ check_variables() {
         esac
     done
     PREFIX=${PREFIX%/} UNITDIR=${UNITDIR%/}
+    [ -n "$UNITDIR" ] || die "UNITDIR must not be /"
     if [ -n "$DESTDIR" ]; then
         case $DESTDIR in *[[:cntrl:]]*) die "DESTDIR has a control character: $DESTDIR" ;; esac
         [ -d "$DESTDIR" ] || die "DESTDIR is not a directory: $DESTDIR"
@@ -175,8 +176,9 @@ check_python() {
 # What follows looks for what makes every VM of an image fail. It runs in the image's root directory
 # and prints one line per problem: the file and the fix. Patterns are relative to these directories.
 config() {
+    set -f # in the subshell that every caller is
     for directory in etc usr/local/lib usr/lib lib; do
-        [ "$directory" = lib ] && [ -L lib ] || printf "$directory/%s\n" "$@"
+        [ "$directory" = lib ] && [ -L lib ] || printf "$directory/%s\n" $*
     done
 }
 
@@ -230,13 +232,13 @@ mac_addresses() {
     mac='[0-9a-f]{2}([:-][0-9a-f]{2}){5}'
     fix='match by name or driver, or delete it'
     {
-        files_with "^[^#]*macaddress[\"']?[[:space:]]*:[[:space:]]*[\"']?$mac" $NETPLAN
+        files_with "^[^#]*macaddress[\"']?[[:space:]]*:[[:space:]]*[\"']?$mac" "$NETPLAN"
         files_with '^\[(match|link)\](permanent)?macaddress[[:space:]]*=[[:space:]]*[0-9a-f]' \
-            $NETWORKD 'systemd/network/*.link'
+            "$NETWORKD" 'systemd/network/*.link'
         files_with "^\[[^]]*\]([a-z0-9-]+\.)?(cloned-)?mac-address[[:space:]]*=[[:space:]]*$mac" \
-            $NM_CONF $NM_PROFILES
-        files_with "^(hwaddr|macaddr|lladdr)=[\"']?$mac" $IFCFG
-        files_with "^(hwaddress|auto|allow-[a-z]+|iface|rename)[[:space:]].*$mac" $INTERFACES
+            "$NM_CONF" "$NM_PROFILES"
+        files_with "^(hwaddr|macaddr|lladdr)=[\"']?$mac" "$IFCFG"
+        files_with "^(hwaddress|auto|allow-[a-z]+|iface|rename)[[:space:]].*$mac" "$INTERFACES"
         files_with "^[^#]*attrs?\{address\}==\"$mac\"" 'udev/rules.d/*.rules'
     } | sed "s|.*|/& is bound to a MAC address that no VM of the image has: $fix|"
 }
@@ -246,18 +248,18 @@ dhcp_client() {
     dhcp4="^[^#]*dhcp4[\"']?[[:space:]]*:[[:space:]]*(true|yes|on)"
     bootproto="^bootproto=[\"']?dhcp"
     if enabled systemd-networkd.service &&
-        files_with "$dhcp" $NETWORKD | grep -v /80-container- >/dev/null; then return; fi
+        files_with "$dhcp" "$NETWORKD" | grep -v /80-container- >/dev/null; then return; fi
     # netplan's generator enables systemd-networkd
-    if exists $(config systemd/system-generators/netplan) && has "$dhcp4" $NETPLAN; then return; fi
+    if exists $(config systemd/system-generators/netplan) && has "$dhcp4" "$NETPLAN"; then return; fi
     # NetworkManager asks on every interface unless told otherwise
     if enabled NetworkManager.service &&
-        { ! has '^\[main\]no-auto-default[[:space:]]*=.*\*' $NM_CONF ||
-            has '^\[ipv4\]method[[:space:]]*=[[:space:]]*auto' $NM_PROFILES ||
-            has "$bootproto" $IFCFG; }; then return; fi
-    if enabled networking.service && has '^iface.*inet[[:space:]]+dhcp' $INTERFACES; then return; fi
+        { ! has '^\[main\]no-auto-default[[:space:]]*=.*\*' "$NM_CONF" ||
+            has '^\[ipv4\]method[[:space:]]*=[[:space:]]*auto' "$NM_PROFILES" ||
+            has "$bootproto" "$IFCFG"; }; then return; fi
+    if enabled networking.service && has '^iface.*inet[[:space:]]+dhcp' "$INTERFACES"; then return; fi
     # SUSE's wicked, and the init script of RHEL 7
     if { enabled wicked.service || exists etc/rc3.d/S*network; } &&
-        has "$bootproto" $IFCFG; then return; fi
+        has "$bootproto" "$IFCFG"; then return; fi
     for client in 'dhcpcd*' 'dhclient*' 'udhcpc*' connman; do
         if enabled "$client.service"; then return; fi
     done
@@ -335,6 +337,7 @@ check_image() {
 # Put everything back: the earlier version's files, which the .old ones are links to, and no others.
 roll_back() {
     set +e
+    trap '' HUP INT QUIT TERM
     for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
         if exists "$path.old"; then
             ln -f "$path.old" "$path" # not mv: it leaves two links to one file alone
@@ -348,11 +351,13 @@ roll_back() {
 
 # Files get their names only when all of them are complete: the disk may be full.
 install_files() {
+    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
+        rm -f "$path.new" "$path.old" # of a run that was killed; and a link there would be followed
+    done
     kept=no
     trap roll_back EXIT
     trap 'exit 1' HUP INT QUIT TERM
     for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
-        rm -f "$path.new" "$path.old" # a link there would be followed
         ! exists "$path" || ln "$path" "$path.old"
     done
     kept=yes
@@ -370,8 +375,9 @@ install_files() {
     for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
         ! exists "$path.new" || mv -f "$path.new" "$path"
     done
+    trap '' HUP INT QUIT TERM
     trap - EXIT
-    rm -f "$DESTDIR$script.old" "$DESTDIR$unit.old" "$DESTDIR$preset.old" "$DESTDIR$link.old"
+    rm -f "$DESTDIR$script.old" "$DESTDIR$unit.old" "$DESTDIR$preset.old" "$DESTDIR$link.old" || :
 }
 
 uninstall() {

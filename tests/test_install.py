@@ -56,6 +56,7 @@ GOOD: Files = {
     # systemd's own; only containers use it
     "usr/lib/systemd/network/80-container-host0.network": "[Network]\nDHCP=yes\n",
     **enabled("dhcpcd.service"),
+    "netplan/root.yaml": "",  # a name that no file in /etc/netplan has
 }
 NO_DHCPCD: Files = {SYSTEM + "dhcpcd.service": "-> /dev/null"}
 UNINITIALIZED: Files = {"etc/machine-id": "uninitialized\n"}
@@ -165,6 +166,7 @@ HIDING_PYTHON = f"#!/bin/sh\nexec '{sys.executable}' -c \"{HIDE}\" --version"
 
 # Files and variables that the installer refuses, and what it says.
 REFUSED: Tuple[Tuple[Files, Files, str], ...] = (
+    ({}, {"UNITDIR": "/"}, "UNITDIR must not be /"),
     ({}, {"DESTDIR": "/no such"}, "DESTDIR is not a directory: /no such"),
     ({}, {"DESTDIR": str(SCRIPT)}, "DESTDIR is not a directory"),
     ({}, {"DESTDIR": f"{ROOT}\n"}, "DESTDIR has a control character: [^\n]*\n"),
@@ -432,11 +434,12 @@ class InstallTest(InstallerTest):
         self.assertEqual(existing.stat().st_mode & 0o777, 0o750)
 
     def test_failed_installation_or_update_leaves_what_was_there(self) -> None:
-        cp, mv = shutil.which("cp"), shutil.which("mv")
+        cp, mv, ln = shutil.which("cp"), shutil.which("mv"), shutil.which("ln")
         for tool, action, before in (
             ("cp", f'{cp} "$@" 2>/dev/null', "ulimit -f 4; trap '' XFSZ"),  # as on a full disk
             ("sed", "exit 1", ""),
             ("ln", "exit 1", ""),
+            ("ln", f'kill $PPID; exec {ln} "$@"', ""),  # and again while it rolls back
             ("mv", f'case $* in *.wants/*) exit 1 ;; esac; exec {mv} "$@"', ""),
         ):
             broken = self.tool(tool, action)
