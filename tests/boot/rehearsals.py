@@ -46,6 +46,17 @@ def bound_to_mac_address(tree: Tree) -> None:
     install(tree)
 
 
+def not_enabled(tree: Tree) -> None:
+    tree.use_networkd()
+    command(INSTALLER, "--no-enable", DESTDIR=tree.root)
+
+
+def read_only(tree: Tree) -> None:
+    sound(tree)
+    # Its own services need these to be writable.
+    tree.write("etc/fstab", "tmpfs /tmp tmpfs\ntmpfs /var/tmp tmpfs\n")
+
+
 def python_minimal(tree: Tree) -> None:
     sound(tree)
     names = ("python3", "python3.11", "libpython3-stdlib", "libpython3.11-stdlib")
@@ -78,6 +89,7 @@ class Case(NamedTuple):
     result: str = CORRECTLY
     packages: Sequence[str] = ("python3",)
     generation: int = 1
+    mode: str = "rw"  # of the root
     format: str = "raw"  # of qemu-img, and its options
     options: Sequence[str] = ()
 
@@ -98,6 +110,12 @@ CASES = [
         ifupdown,
         ["Hostname published by systemctl restart ifup@ens3.service", "asks DHCP .*by dhclient\n"],
         packages=CLOUD_INIT,
+    ),
+    Case(
+        read_only,
+        ["FAIL +silent after a reboot +it reported Ready again: the unit was not disabled"],
+        INCORRECTLY,
+        mode="ro",
     ),
     Case(
         sound,
@@ -124,6 +142,12 @@ CASES = [
         ["vhdx, ", "FAIL +asks DHCP +no DHCP request .* no DHCP client, .* another MAC address"],
         NOT,
         format="vhdx",
+    ),
+    Case(install, ["FAIL +asks DHCP +no DHCP request .* no DHCP client"], NOT),
+    Case(
+        not_enabled,
+        ["FAIL +requests the goal state .*sends no request .*: its unit is not enabled"],
+        NOT,
     ),
     Case(
         python_minimal,
@@ -156,7 +180,7 @@ class RehearsalTest(VMTest):
         tree = Tree(new_directory(), case.packages)
         tree.write("port", str(port))
         case.prepare(tree)
-        raw, image = tree.disk(case.generation), tree.directory / "image"
+        raw, image = tree.disk(case.generation, case.mode), tree.directory / "image"
         command("qemu-img", "convert", "-f", "raw", "-O", *case.format.split(), raw, image)
         raw.unlink()
         image.chmod(0o444)

@@ -19,18 +19,30 @@ def netplan(machine: Machine) -> None:
     enable(machine.root, "systemd-networkd.service")
 
 
-def profile_and_slow_script(machine: Machine) -> None:
-    etc = "etc/NetworkManager"
-    machine.write(f"{etc}/system-connections/cable.nmconnection", PROFILE, 0o600)
-    machine.write(f"{etc}/dispatcher.d/pre-up.d/10-slow", "#!/bin/sh\nsleep 1\n", 0o755)
+def resolved(machine: Machine) -> None:
+    machine.use_networkd()
+    enable(machine.root, "systemd-resolved.service")
+
+
+def profile(machine: Machine) -> None:
+    machine.write("etc/NetworkManager/system-connections/cable.nmconnection", PROFILE, 0o600)
+
+
+def slow_script(machine: Machine) -> None:
+    script = "etc/NetworkManager/dispatcher.d/pre-up.d/10-slow"
+    machine.write(script, "#!/bin/sh\nsleep 1\n", 0o755)
 
 
 MORE_CLIENTS = [
     Client("plain", NETWORKD, lambda machine: machine.use_networkd("yes")),
     Client("netplan", NETWORKD, netplan),
+    Client("polkit", NETWORKD, Machine.use_networkd),
+    Client("dbus-broker", NETWORKD, Machine.use_networkd),
+    Client("resolved", NETWORKD, resolved),
     Client("network-manager-polkit", NETWORK_MANAGER),
     Client("network-manager-broker", NETWORK_MANAGER),
-    Client("network-manager", NETWORK_MANAGER, profile_and_slow_script),
+    Client("network-manager", NETWORK_MANAGER, profile),
+    Client("network-manager", NETWORK_MANAGER, slow_script),
 ]
 
 
@@ -39,3 +51,14 @@ class StockTest(DhcpBootTest):
         for client in (*CLIENTS, *MORE_CLIENTS):
             for delay in (0, 3) * COUNT:
                 self.check(client, delay)
+
+    def test_network_that_does_not_come_back_costs_a_notice(self) -> None:
+        server = self.serve()
+        machine = self.machine()
+        machine.use_networkd()
+        with machine.start(self.network) as boot:
+            self.azure.wait_for("compute")
+            server.stop()
+            boot.finish()
+        self.assert_provisioned(boot)
+        self.assert_line(boot, "<5>Hostname not published: the network of host0 is not back after")

@@ -92,6 +92,16 @@ class DhcpTest(DhcpBootTest):
         (retry,) = [line for line in boot.lines if "retrying" in line]
         self.assertIn("Network is unreachable; retrying", retry)
 
+    def test_name_that_the_machine_had_already_is_not_published_again(self) -> None:
+        server = self.serve()
+        machine = self.machine()
+        machine.use_networkd()
+        machine.write("etc/hostname", "web-prod-01\n")
+        boot = machine.boot(self.network)
+        self.assert_provisioned(boot)
+        self.assertEqual([ack.name for ack in server.acknowledgements], ["web-prod-01"])
+        self.assertNotIn("published", "\n".join(boot.lines))
+
     def test_interface_that_nothing_manages_is_left_alone(self) -> None:
         self.network.ip("link", "set", "host0", "up")
         self.network.ip("address", "add", "10.0.0.40/24", "dev", "host0")
