@@ -351,13 +351,14 @@ roll_back() {
 
 # Files get their names only when all of them are complete: the disk may be full.
 install_files() {
-    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
+    set -- "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"
+    for path in "$@"; do
         rm -f "$path.new" "$path.old" # of a run that was killed; and a link there would be followed
     done
     kept=no
     trap roll_back EXIT
     trap 'exit 1' HUP INT QUIT TERM
-    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
+    for path in "$@"; do
         ! exists "$path" || ln "$path" "$path.old"
     done
     kept=yes
@@ -372,12 +373,12 @@ install_files() {
         echo "enable $UNIT" >"$DESTDIR$preset.new"
         ln -s "$unit" "$DESTDIR$link.new"
     fi
-    for path in "$DESTDIR$script" "$DESTDIR$unit" "$DESTDIR$preset" "$DESTDIR$link"; do
+    for path in "$@"; do
         ! exists "$path.new" || mv -f "$path.new" "$path"
     done
     trap '' HUP INT QUIT TERM
     trap - EXIT
-    rm -f "$DESTDIR$script.old" "$DESTDIR$unit.old" "$DESTDIR$preset.old" "$DESTDIR$link.old" || :
+    for path in "$@"; do rm -f "$path.old" || :; done
 }
 
 uninstall() {

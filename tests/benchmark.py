@@ -86,17 +86,17 @@ class Containers:
         boot = self.boot(ours)
         health = self.azure.asked("health")[before:]
         name = self.azure.computer_name if ours else self.azure.vm_name
-        said = {
-            entry["MESSAGE"].split(" by ")[0]: int(entry["__MONOTONIC_TIMESTAMP"]) / 1000
+        times = [  # our two lines
+            int(entry["__MONOTONIC_TIMESTAMP"]) / 1000
             for entry in boot.journal
-            if "Hostname " in str(entry["MESSAGE"]) and " by " in entry["MESSAGE"]
-        }
-        published = said.get("Hostname published", math.inf) - said["Hostname set"] if ours else 0
-        if len(health) != 1 or boot.hostname != name or published == math.inf:
+            if re.match("Hostname (set|published) by ", str(entry["MESSAGE"]))
+        ]
+        if len(health) != 1 or boot.hostname != name or len(times) != (2 if ours else 0):
             raise SystemExit(f"this boot did not provision:\n{boot}")
         started = boot.seconds("InactiveExit")
         # The article's unit is inactive at its end, ours stays active.
         finished = boot.seconds("ActiveEnter" if ours else "InactiveEnter")
+        published = times[1] - times[0] if ours else 0
         return Times(1000 * (health[0].time - started), 1000 * (finished - started), published)
 
     def memory(self, ours: bool) -> float:
@@ -170,6 +170,8 @@ def main() -> int:
     for name in (SCRIPT, UNIT):
         if not (options.baseline / name).is_file():
             parser.error(f"no {name} in {options.baseline}")
+    if min(options.boots, options.vm_boots) < 1:
+        parser.error("at least one boot of each is needed")
     absent = [*missing(), *disk.missing()]
     if absent:
         parser.error(f"a boot needs {', '.join(absent)}")

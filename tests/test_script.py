@@ -43,7 +43,7 @@ class FirstBootTest(ScriptTest):
             r"^Provisioned as web-prod-01 in \d+\.\d\d s$",
         ]
         self.assertRegex(run.output, "(?ms)" + ".*".join(steps))
-        self.assertLessEqual(len(run.lines), 12)
+        self.assertEqual(len(run.lines), len(steps))
 
     def test_requests_are_those_of_the_platform(self) -> None:
         self.azure.incarnation = "7"

@@ -1,7 +1,7 @@
 """Whole images, built and rehearsed, with what tests.rehearse must say of each.
 
-`python3 -m unittest tests.boot.rehearsals` builds the images as root and rehearses them as nobody,
-in 7 minutes on two cores without KVM; BOOT_CASE is the name of the only one to run.
+`python3 -m unittest tests.boot.rehearsals` builds the images as root and rehearses them as nobody;
+BOOT_CASE is the name of the only one to run.
 """
 
 import os
