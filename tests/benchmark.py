@@ -18,11 +18,11 @@ from typing import Callable, List, NamedTuple, Tuple, TypeVar
 
 from azure_provision import UNIT
 from tests.boot import disk
+from tests.boot.container import SUITE, Container, ContainerBoot
 from tests.boot.host import command, missing
-from tests.boot.machine import SUITE, Boot, Machine
 from tests.boot.network import DhcpServer, Namespace, connect
 from tests.fake_azure import FakeAzure
-from tests.harness import INSTALLER
+from tests.plain.harness import INSTALLER
 from tests.vm import VM
 
 T = TypeVar("T")
@@ -65,8 +65,8 @@ class Containers:
         self.azure: FakeAzure = stack.enter_context(router.azure())
         stack.callback(DhcpServer(router, cable, "--no-ping").stop)
 
-    def boot(self, ours: bool, measure: bool = False) -> Boot:
-        machine = Machine(install=False)
+    def boot(self, ours: bool, measure: bool = False) -> ContainerBoot:
+        machine = Container(install=False)
         machine.use_networkd()
         install(machine.root, self.baseline, ours)
         drop_ins = f"etc/systemd/system/{UNIT}.d"

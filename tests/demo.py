@@ -9,7 +9,7 @@ import sys
 import threading
 
 from tests.fake_azure import FakeAzure, Status, describe
-from tests.harness import Machine, start_script
+from tests.plain.harness import StandIns, start_script
 
 lock = threading.Lock()
 
@@ -19,7 +19,7 @@ def show(who: str, line: str) -> None:
         print(f"  {who:<8} | {line}", flush=True)
 
 
-def run(title: str, azure: FakeAzure, machine: Machine, *options: str) -> int:
+def run(title: str, azure: FakeAzure, machine: StandIns, *options: str) -> int:
     """Run the script and show what it says beside what Azure hears; return its exit status."""
     print(f"\n{title}\n", flush=True)
     endpoints = ("--wireserver", azure.wireserver, "--imds", azure.imds)
@@ -34,7 +34,7 @@ def run(title: str, azure: FakeAzure, machine: Machine, *options: str) -> int:
     return process.returncode
 
 
-def demo(machine: Machine) -> int:
+def demo(machine: StandIns) -> int:
     with FakeAzure() as azure:
         azure.on_request = lambda request: show("Azure", describe(request))
         azure.vm_name, azure.computer_name = "myset_0", "myset000000"
@@ -51,7 +51,7 @@ def demo(machine: Machine) -> int:
 
 
 if __name__ == "__main__":
-    machine = Machine(hostnamectl="", systemctl="")
+    machine = StandIns(hostnamectl="", systemctl="")
     try:
         status = demo(machine)
     except (BrokenPipeError, KeyboardInterrupt):

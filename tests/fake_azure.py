@@ -160,7 +160,7 @@ class Flood(Trickle):
 
 
 Answer = Union[Status, Fault]
-OK = b"HTTP/1.1 200 OK\r\n"  # the beginning of many a Raw, Trickle or Flood
+OK_LINE = b"HTTP/1.1 200 OK\r\n"  # the beginning of many a Raw, Trickle or Flood
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

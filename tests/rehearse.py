@@ -1,4 +1,4 @@
-"""Boot a disk image as Azure would, against a fake Azure, and tell whether it provisions.
+"""VMBoot a disk image as Azure would, against a fake Azure, and tell whether it provisions.
 
 The image boots unchanged as two VMs, and one of them once more. It is judged from the platform's
 side alone: by its DHCP requests, its HTTP requests and its serial console. So it may have any
@@ -20,9 +20,19 @@ from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from tests.fake_azure import FakeAzure, Request, Reset, Status
-from tests.vm import CPU, VM, Boot, Setup, VMError, clean, has_private_network, inspect, run
+from tests.vm import (
+    CPU,
+    VM,
+    Setup,
+    VMBoot,
+    VMError,
+    has_private_network,
+    inspect,
+    printable,
+    run_tool,
+)
 
-# The code of EFI firmware without Secure Boot; it keeps its variables in memory.
+# The code of EFI firmware without Secure VMBoot; it keeps its variables in memory.
 FIRMWARE = (
     "/usr/share/OVMF/OVMF_CODE_4M.fd",  # Debian, Ubuntu
     "/usr/share/OVMF/OVMF_CODE.fd",  # Debian 11, Ubuntu 20.04
@@ -34,7 +44,7 @@ FIRMWARE = (
 )
 
 # A boot sector that resets the machine: mov al, 0xfe; out 0x64, al; hlt.
-PROBE = b"\xb0\xfe\xe6\x64\xf4".ljust(510, b"\0") + b"\x55\xaa"
+RESET_SECTOR = b"\xb0\xfe\xe6\x64\xf4".ljust(510, b"\0") + b"\x55\xaa"
 KVM_TIMEOUT = 3  # seconds
 
 NAME_PREFIX = r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z"  # six digits follow: hostname(7)
@@ -62,7 +72,7 @@ def find_setup(generation: int) -> Tuple[Setup, str]:
     firmware = next((path for path in FIRMWARE if os.path.exists(path)), "")
     if generation == 2 and not firmware:
         raise VMError("there is no EFI firmware (in Debian: apt install ovmf)")
-    run("qemu-system-x86_64", "--version")  # raises VMError if there is none
+    run_tool("qemu-system-x86_64", "--version")  # raises VMError if there is none
     kvm, private = runs_guest("kvm", KVM_TIMEOUT), has_private_network()
     how = "KVM" if kvm else "plain emulation, as KVM does not run a guest here"
     network = "a private network" if private else "the guest can reach this machine's network"
@@ -72,12 +82,12 @@ def find_setup(generation: int) -> Tuple[Setup, str]:
 def runs_guest(accelerator: str, timeout: float) -> bool:
     """Whether a guest runs, and ends within TIMEOUT s; that /dev/kvm opens would prove little."""
     with tempfile.NamedTemporaryFile(prefix="azure-vm-") as disk:
-        disk.write(PROBE)
+        disk.write(RESET_SECTOR)
         disk.flush()
         drive = ("-drive", f"file.filename={disk.name},format=raw")
         machine = ("-nodefaults", "-display", "none", "-no-reboot", *drive)
         with contextlib.suppress(VMError, subprocess.TimeoutExpired):
-            run("qemu-system-x86_64", *CPU[accelerator], *machine, timeout=timeout)
+            run_tool("qemu-system-x86_64", *CPU[accelerator], *machine, timeout=timeout)
             return True
     return False
 
@@ -87,8 +97,8 @@ def check_bootable(path: Path) -> str:
     image = inspect(path)
     with tempfile.NamedTemporaryFile(prefix="azure-vm-") as sector:
         words = ("--force-share", "--image-opts", "-O", "raw", "bs=512", "count=1")
-        run("qemu-img", "dd", *words, f"if={image.options}", f"of={sector.name}")
-        if Path(sector.name).read_bytes()[510:] != PROBE[510:]:
+        run_tool("qemu-img", "dd", *words, f"if={image.options}", f"of={sector.name}")
+        if Path(sector.name).read_bytes()[510:] != RESET_SECTOR[510:]:
             reason = f"no boot signature in its first sector ({image.format})"
             raise VMError(f"{path}: not a disk: {reason}")
     return f"{image.format}, {image.size / 2**20:,.0f} MiB"
@@ -112,13 +122,13 @@ class Rehearsal:
         self, options: argparse.Namespace, setup: Setup, console: IO[bytes], signals: List[int]
     ) -> None:
         self.options, self.setup, self.console, self.signals = options, setup, console, signals
-        self.boots: List[Boot] = []  # the first boot of each VM
-        self.reboot: Optional[Boot] = None  # the second boot of the second VM
-        self.fates: Dict[Boot, str] = {}  # why a VM ended early
+        self.boots: List[VMBoot] = []  # the first boot of each VM
+        self.reboot: Optional[VMBoot] = None  # the second boot of the second VM
+        self.fates: Dict[VMBoot, str] = {}  # why a VM ended early
         self._events: Any = queue.Queue()  # of a time, a source and a text, from any thread
 
     def run(self) -> None:
-        """Boot two VMs, and the second one again; stop when nothing more can be learned."""
+        """VMBoot two VMs, and the second one again; stop when nothing more can be learned."""
         image, name = self.options.image, self.options.name
         for number in range(2):
             with VM(image, self.setup, number, name, lambda *e: self._events.put(e)) as vm:
@@ -136,7 +146,7 @@ class Rehearsal:
                         self.watch(self.reboot, second=True)
 
     @contextlib.contextmanager
-    def power_on(self, vm: VM, title: str) -> Iterator[Boot]:
+    def power_on(self, vm: VM, title: str) -> Iterator[VMBoot]:
         show(f"\n{title} (MAC address {vm.mac}, name {vm.azure.computer_name})")
         with vm.boot() as boot:
             self._started = boot.started
@@ -154,7 +164,7 @@ class Rehearsal:
             text = said.group(1) or said.group(2)
         show(f"{at - self._started:7.1f} s  {source:<7}  {text:.150}")
 
-    def watch(self, boot: Boot, second: bool) -> None:
+    def watch(self, boot: VMBoot, second: bool) -> None:
         """Watch BOOT until nothing more is to be expected of it."""
         latest = boot.started + self.options.timeout
         while not boot.off.is_set() and not boot.panic:
@@ -171,7 +181,7 @@ class Rehearsal:
             boot.check()
             self.fates[boot] = f"the VM turned itself off {seconds(boot, time.monotonic())}"
 
-    def shut_down(self, boot: Boot) -> None:
+    def shut_down(self, boot: VMBoot) -> None:
         """Turn the VM off by its power button, as Azure does, or else by a power cut."""
         for _ in range(4):  # at first nobody may be there to notice
             boot.press_power_button()
@@ -183,32 +193,32 @@ class Rehearsal:
 # What is awaited of a VM. Patience depends on the VM's own pace: emulation is ten times slower.
 
 
-def requests(boot: Boot, resource: str) -> List[Request]:
+def requests(boot: VMBoot, resource: str) -> List[Request]:
     return [request for request in boot.requests if request.resource == resource]
 
 
-def metadata_requests(boot: Boot) -> List[Request]:
+def metadata_requests(boot: VMBoot) -> List[Request]:
     return [request for request in boot.requests if request.path.startswith("/metadata/")]
 
 
-def ready_reports(boot: Boot) -> List[Request]:
+def ready_reports(boot: VMBoot) -> List[Request]:
     """The reports that the VM is ready which Azure accepted."""
     reports = requests(boot, "health")
     return [report for report in reports if report.status == 200 and b">Ready<" in report.body]
 
 
-def ready_time(boot: Boot) -> float:
+def ready_time(boot: VMBoot) -> float:
     """When Azure accepted that the VM is ready; 0 if it did not."""
     return next((report.time for report in ready_reports(boot)), 0)
 
 
-def named_time(boot: Boot) -> float:
+def named_time(boot: VMBoot) -> float:
     """When it asked DHCP with the computer name; 0 if it did not."""
     name = boot.vm.azure.computer_name.lower()
     return next((r.time for r in boot.dhcp if r.name.lower().split(".")[0] == name), 0)
 
 
-def deadline(boot: Boot, second: bool) -> float:
+def deadline(boot: VMBoot, second: bool) -> float:
     """Until when a VM's first or second boot is worth watching, on the clock.
 
     An agent may be done long before the boot is, and a VM that is still booting ignores its power
@@ -226,20 +236,20 @@ def deadline(boot: Boot, second: bool) -> float:
     return last + (max(5, pace / 4) if finished else max(10, pace))
 
 
-def seconds(boot: Boot, at: float) -> str:
+def seconds(boot: VMBoot, at: float) -> str:
     return f"after {at - boot.started:.1f} s"
 
 
 # The checks, in the order in which they are shown: each returns what it found, and a remark.
 
 Outcome = Tuple[str, str]
-OK, FAIL, UNKNOWN = "ok", "FAIL", "?"
+PASS, FAIL, UNKNOWN = "ok", "FAIL", "?"
 NOT_REACHED = (UNKNOWN, "the rehearsal did not get that far")
 
 
-def asks_dhcp(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+def asks_dhcp(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if boot.dhcp:
-        return OK, f"{seconds(boot, boot.dhcp[0].time)}, by {boot.dhcp[0].client}"
+        return PASS, f"{seconds(boot, boot.dhcp[0].time)}, by {boot.dhcp[0].client}"
     reason = (
         "there is no DHCP client, or its configuration is bound to another MAC address or "
         "interface name (eth0 on Azure, not here)"
@@ -250,13 +260,13 @@ def asks_dhcp(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     return absent("no DHCP request", reason, boot, rehearsal)
 
 
-def absent(what: str, reason: str, boot: Boot, rehearsal: Rehearsal) -> Outcome:
+def absent(what: str, reason: str, boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     """The failure that WHAT did not come: because the VM ended early, or else for REASON."""
     reason = rehearsal.fates.get(boot, reason)
     return FAIL, f"{what} within {boot.seconds:.0f} s: {reason}"
 
 
-def requests_goal_state(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+def requests_goal_state(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if not boot.dhcp and not boot.requests:
         return NOT_REACHED
     asked = requests(boot, "goalstate")
@@ -264,12 +274,12 @@ def requests_goal_state(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     if refused:
         return FAIL, f"refused: {refused[0]}"
     if asked:
-        return OK, seconds(boot, asked[0].time)
+        return PASS, seconds(boot, asked[0].time)
     reason = "its unit is not enabled or cannot start, or a firewall blocks it: see its console"
     return absent("it asks DHCP but sends no request", reason, boot, rehearsal)
 
 
-def reports_ready(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+def reports_ready(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if not boot.requests:
         return NOT_REACHED
     reports = requests(boot, "health")
@@ -280,13 +290,13 @@ def reports_ready(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     if len(ready) > 1:
         return FAIL, f"it reported Ready {len(ready)} times"
     if ready:
-        return OK, seconds(boot, ready[0].time)
+        return PASS, seconds(boot, ready[0].time)
     if reports and b">NotReady<" in reports[-1].body:
-        return FAIL, f"it reported NotReady: {clean(reports[-1].body):.300}"
+        return FAIL, f"it reported NotReady: {printable(reports[-1].body):.300}"
     return absent("no Ready", "see its console", boot, rehearsal)
 
 
-def takes_computer_name(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+def takes_computer_name(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     azure, asked = boot.vm.azure, metadata_requests(boot)
     if not ready_time(boot) and not asked:
         return NOT_REACHED
@@ -297,33 +307,33 @@ def takes_computer_name(boot: Boot, rehearsal: Rehearsal) -> Outcome:
         return FAIL, f"it took {taken.pop()}, after the name of the resource, not {wanted}"
     for request in asked:
         if request.resource in NAMES and request.status == 200:
-            return OK, f"{azure.computer_name}, from {request.path.split('?')[0]}"
+            return PASS, f"{azure.computer_name}, from {request.path.split('?')[0]}"
     paths = sorted({request.path.split("?")[0] for request in asked})
     return FAIL, f"it asked IMDS for {', '.join(paths) or 'nothing'}, not for {wanted}"
 
 
-def publishes_name(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+def publishes_name(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if named_time(boot):
-        return OK, seconds(boot, named_time(boot))
+        return PASS, seconds(boot, named_time(boot))
     if not rehearsal.reboot or not boot.dhcp:
         return NOT_REACHED
     last = boot.dhcp[-1]
     return FAIL, f"not before a reboot; its client, {last.client}, sent the name {last.name!r}"
 
 
-def speaks(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+def speaks(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if SYSTEM.search(boot.console):
-        return OK, f"{len(boot.lines)} lines"
+        return PASS, f"{len(boot.lines)} lines"
     return FAIL, "Azure's boot diagnostics will be empty: the kernel needs console=ttyS0"
 
 
-def is_the_only_agent(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+def is_the_only_agent(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if not boot.requests:
         return NOT_REACHED
     agents = sorted(filter(None, {agent(request) for request in boot.requests}))
     if len(agents) > 1:
         return FAIL, f"{len(agents)} agents talk to Azure: {', '.join(agents)}; leave one enabled"
-    return OK, agents[0] if agents else "it does not name itself"
+    return PASS, agents[0] if agents else "it does not name itself"
 
 
 def agent(request: Request) -> str:
@@ -335,20 +345,20 @@ def agent(request: Request) -> str:
                 return name
     if request.resource in ("versions", "telemetrydata"):
         return "walinuxagent"
-    return clean(headers.get("x-ms-agent-name", ""))
+    return printable(headers.get("x-ms-agent-name", ""))
 
 
-def second_vm_is_the_same(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+def second_vm_is_the_same(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if len(rehearsal.boots) < 2:
         return NOT_REACHED
     for title, check in VM_CHECKS:
         first, second = (check(each, rehearsal) for each in rehearsal.boots)
         if first[0] != second[0]:
             return FAIL, f"{title}: VM 1 {first[0]} {first[1]}; VM 2 {second[0]} {second[1]}"
-    return OK, ""
+    return PASS, ""
 
 
-def is_silent_after_a_reboot(boot: Boot, rehearsal: Rehearsal) -> Outcome:
+def is_silent_after_a_reboot(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     reboot = rehearsal.reboot
     if not reboot:
         return NOT_REACHED
@@ -362,10 +372,10 @@ def is_silent_after_a_reboot(boot: Boot, rehearsal: Rehearsal) -> Outcome:
     asked = metadata_requests(reboot)
     if len(asked) < len(reboot.requests):
         return FAIL, "it asks the WireServer at each boot: the unit was not disabled"
-    return OK, f"but for requests to IMDS: {len(asked)}" if asked else ""
+    return PASS, f"but for requests to IMDS: {len(asked)}" if asked else ""
 
 
-VM_CHECKS: List[Tuple[str, Callable[[Boot, Rehearsal], Outcome]]] = [
+VM_CHECKS: List[Tuple[str, Callable[[VMBoot, Rehearsal], Outcome]]] = [
     ("asks DHCP", asks_dhcp),
     ("requests the goal state", requests_goal_state),
     ("reports Ready once", reports_ready),
@@ -438,7 +448,7 @@ def main(arguments: List[str]) -> int:
     try:
         found, (setup, how) = check_bootable(options.image), find_setup(options.generation)
         with options.console.open("wb", buffering=0) as console:
-            image = clean(str(options.image))
+            image = printable(str(options.image))
             show(f"{image}: {found}, generation {options.generation}; {how}")
             rehearsal = Rehearsal(options, setup, console, signals)
             rehearsal.run()
@@ -451,7 +461,7 @@ def main(arguments: List[str]) -> int:
     except BrokenPipeError:  # nobody reads the output
         return 128 + signal.SIGPIPE
     except (OSError, VMError) as error:
-        reason = clean(str(error))
+        reason = printable(str(error))
         sys.stderr.write(f"python3 -m tests.rehearse: error: {reason}\n")
         return 2
 

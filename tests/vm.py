@@ -126,7 +126,7 @@ def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
     if not kind or options.get(60, b"").startswith(b"PXEClient"):  # the firmware, not the image
         return None
     name = options.get(12, b"") or fqdn(options.get(81, b""))
-    return DhcpRequest(at, kind, clean(name), dhcp_client(options))
+    return DhcpRequest(at, kind, printable(name), dhcp_client(options))
 
 
 def fqdn(option: bytes) -> bytes:
@@ -141,7 +141,7 @@ def dhcp_client(options: Dict[int, bytes]) -> str:
     """The DHCP client that sends such options; some send their own name, as option 60."""
     wanted = options.get(55, b"")
     if options.get(60):
-        return clean(options[60])
+        return printable(options[60])
     if options.get(61, b"")[5:11] == b"\0\2\0\0\xab\x11":  # systemd's enterprise number
         return "systemd-networkd"
     if 249 in wanted:
@@ -152,7 +152,7 @@ def dhcp_client(options: Dict[int, bytes]) -> str:
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[PX^_].*?\x1b\\|.)")
 
 
-def clean(text: Any) -> str:
+def printable(text: Any) -> str:
     """TEXT (or bytes) without escape sequences, and "?" for any other unprintable character."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
@@ -174,7 +174,7 @@ def inspect(path: Path) -> Image:
     """What QEMU makes of the file at PATH; raises VMError if it is not a disk."""
 
     def info(*words: str) -> Any:
-        return json.loads(run("qemu-img", "info", "--force-share", "--output=json", *words))
+        return json.loads(run_tool("qemu-img", "info", "--force-share", "--output=json", *words))
 
     if read_footer(path).startswith(b"conectix"):
         # qemu-img takes a VHD of fixed size for a raw image. Azure goes by the size that the
@@ -205,7 +205,7 @@ def split_options(options: str) -> List[str]:
     return [option.replace("\0", ",,") for option in options.replace(",,", "\0").split(",")]
 
 
-def run(*command: str, timeout: Optional[float] = None) -> str:
+def run_tool(*command: str, timeout: Optional[float] = None) -> str:
     """The output of a command; raises VMError with its last line, or TimeoutExpired."""
     try:
         process = subprocess.run(
@@ -222,7 +222,7 @@ def run(*command: str, timeout: Optional[float] = None) -> str:
         packages = "in Debian: apt install qemu-system-x86 qemu-utils"
         raise VMError(f"{command[0]} is not installed ({packages})") from None
     if process.returncode:
-        raise VMError(clean((process.stderr.strip() or command[0]).splitlines()[-1]))
+        raise VMError(printable((process.stderr.strip() or command[0]).splitlines()[-1]))
     return process.stdout
 
 
@@ -263,7 +263,7 @@ class VM:
     def __enter__(self) -> "VM":
         self._directory = tempfile.TemporaryDirectory(prefix="azure-vm-")
         self.directory = Path(self._directory.name)
-        run("qemu-img", "create", "-q", "-f", "qcow2", self.path("disk"), str(self.image.size))
+        run_tool("qemu-img", "create", "-q", "-f", "qcow2", self.path("disk"), str(self.image.size))
         Path(self.path("relay.py")).write_text(RELAY)
         addresses = ((WIRESERVER, 80), (IMDS, 80))
         self.azure = FakeAzure(*addresses, listen=lambda address: Door(self.directory, address))
@@ -279,9 +279,9 @@ class VM:
     def path(self, name: str) -> str:
         return str(self.directory / name)
 
-    def boot(self) -> "Boot":
+    def boot(self) -> "VMBoot":
         """Turn the power on; at the end of this context manager it is cut."""
-        return Boot(self)
+        return VMBoot(self)
 
     def command(self, console: int, packets: int) -> List[str]:
         """The command line of QEMU, which runs in the VM's directory."""
@@ -309,7 +309,7 @@ class VM:
         ]
 
 
-class Boot:
+class VMBoot:
     """A VM from power-on to power-off, and what it has done so far."""
 
     def __init__(self, vm: VM) -> None:
@@ -353,7 +353,7 @@ class Boot:
             enter_private_network()
         die_with_parent()
 
-    def __enter__(self) -> "Boot":
+    def __enter__(self) -> "VMBoot":
         return self
 
     def __exit__(self, *args: Any) -> None:
@@ -368,7 +368,7 @@ class Boot:
     @property
     def console(self) -> str:
         """What it has said on the serial port."""
-        return "\n".join([*self.lines, clean(self._rest)])
+        return "\n".join([*self.lines, printable(self._rest)])
 
     def wait(self, condition: Callable[[], bool], timeout: float) -> bool:
         """Wait until CONDITION holds, at some event, or the VM is off; return whether it holds."""
@@ -383,7 +383,7 @@ class Boot:
         """Raise VMError if the VM is off because QEMU failed."""
         if self._process.returncode:
             errors = self._errors.read_text(encoding="utf-8", errors="replace").splitlines()
-            raise VMError(clean(errors[-1] if errors else f"QEMU: {self._process.returncode}"))
+            raise VMError(printable(errors[-1] if errors else f"QEMU: {self._process.returncode}"))
 
     def _order(self, command: str) -> None:
         """Give QEMU a command; it may be gone already."""
@@ -410,7 +410,7 @@ class Boot:
                     self.prompt_time = time.monotonic()
 
     def _add_line(self, line: bytes) -> None:
-        text = clean(line.rstrip(b"\r"))
+        text = printable(line.rstrip(b"\r"))
         self.lines.append(text)
         if "Kernel panic" in text:
             self.panic = text

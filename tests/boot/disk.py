@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Sequence
 
+from tests.boot.container import image
 from tests.boot.host import command, which
-from tests.boot.machine import image
 
 # The command that is missing, and its package in Debian.
 TOOLS = {
@@ -36,7 +36,7 @@ ROOT_SIZE = DISK_SIZE - ROOT_START - 1  # MiB; the last one is for the second co
 COMMAND_LINE = "root=LABEL=root {mode} console=ttyS0 no_timer_check"
 
 # systemd-networkd as images have it: whatever the interface is called, with IPv6 link-local on.
-NETWORKD = "[Match]\nName=en* eth*\n\n[Network]\nDHCP=ipv4\n"
+NETWORK_FILE = "[Match]\nName=en* eth*\n\n[Network]\nDHCP=ipv4\n"
 
 # The addresses of a unified kernel image's sections, as systemd's ukify once had them.
 SECTIONS = {".osrel": 0x20000, ".cmdline": 0x30000, ".linux": 0x2000000, ".initrd": 0x4000000}
@@ -82,7 +82,7 @@ class Tree:
         """Enable, disable or mask units of the image."""
         command("systemctl", f"--root={self.root}", "--quiet", *words)
 
-    def use_networkd(self, configuration: str = NETWORKD) -> None:
+    def use_networkd(self, configuration: str = NETWORK_FILE) -> None:
         """Have systemd-networkd configure the network."""
         self.write("etc/systemd/network/10-azure.network", configuration)
         self.systemctl("enable", "systemd-networkd.service")

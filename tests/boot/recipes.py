@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import List, Sequence
 
 from azure_provision import UNIT
+from tests.boot.container import add_service, image, mirror, write
 from tests.boot.disk import Tree
 from tests.boot.host import attempt, command, note
-from tests.boot.machine import add_service, image, mirror, write
-from tests.boot.whole import VMTest
-from tests.harness import INSTALLER, ROOT, SCRIPT, UNIT_FILE
+from tests.boot.in_a_vm import VMTest
+from tests.plain.harness import INSTALLER, ROOT, SCRIPT, UNIT_FILE
 from tests.vm import VM, split_options
 
 TIMEOUT = 600  # seconds, for what a VM does under emulation

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence, Tuple
 
+from tests.boot.container import add_service
 from tests.boot.disk import Tree
 from tests.boot.host import attempt, command, new_directory
-from tests.boot.machine import add_service
-from tests.boot.whole import VMTest
-from tests.harness import INSTALLER, ROOT, SCRIPT
+from tests.boot.in_a_vm import VMTest
+from tests.plain.harness import INSTALLER, ROOT, SCRIPT
 from tests.vm import inspect
 
 ONLY = os.environ.get("BOOT_CASE")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import List
 
 from azure_provision import IMDS, UNIT, WIRESERVER
-from tests.boot.machine import BootTest, write
+from tests.boot.container import BootTest, write
 from tests.fake_azure import Answer, Raw, Silence, Status
 
 STEPS = [
@@ -21,7 +21,7 @@ STEPS = [
 
 ELSEWHERE = "168.0.0.2"  # in QEMU's network, the machine that runs it
 # Runs instead of the script: tells where the unit can write, and what it can reach.
-PROBE = f"""\
+SANDBOX_PROBE = f"""\
 for directory in / /* /run/* /run/systemd/system /sys/fs/cgroup /usr/local /var/*; do
     [ ! -d "$directory" ] || ! (: >"$directory/.probe") 2>/dev/null || echo "writable: $directory"
 done
@@ -31,7 +31,7 @@ done
 (echo >/proc/sys/kernel/ostype) 2>/dev/null && echo "writable: /proc/sys"
 true
 """
-PROBE_SETTINGS = """\
+RUN_PROBE = """\
 [Unit]
 Wants=network-online.target
 After=network-online.target
@@ -40,15 +40,15 @@ After=network-online.target
 ExecStart=
 ExecStart=/bin/bash /usr/local/probe
 """
-PROBED = [
+SANDBOX_ALLOWS = [
     *("writable: /etc", "writable: /tmp", "writable: /run/shm", "writable: /var/tmp"),
     *(f"reachable: {WIRESERVER}", f"reachable: {IMDS}"),
 ]
 
 
 def add_probe(root: Path) -> None:
-    write(root, "usr/local/probe", PROBE)
-    write(root, f"etc/systemd/system/{UNIT}.d/probe.conf", PROBE_SETTINGS)
+    write(root, "usr/local/probe", SANDBOX_PROBE)
+    write(root, f"etc/systemd/system/{UNIT}.d/probe.conf", RUN_PROBE)
 
 
 class FirstBootTest(BootTest):
@@ -156,4 +156,4 @@ class FirstBootTest(BootTest):
         # What systemd needs for its IP filter, and a container lacks.
         machine.options += ["--system-call-filter=bpf", "--capability=all"]
         boot = machine.boot(self.network)
-        self.assertEqual(boot.lines, [f"<6>{line}" for line in PROBED], boot)
+        self.assertEqual(boot.lines, [f"<6>{line}" for line in SANDBOX_ALLOWS], boot)

@@ -2,11 +2,11 @@
 
 from typing import Callable, NamedTuple
 
-from tests.boot.machine import CONNECTED, Boot, BootTest, Machine, add_next_service
+from tests.boot.container import CONNECTED, BootTest, Container, ContainerBoot, add_next_service
 from tests.boot.network import DhcpServer, connect
 
-NETWORKD = "networkctl reconfigure host0"
-NETWORK_MANAGER = "nmcli device connect host0"
+RECONFIGURE = "networkctl reconfigure host0"
+CONNECT = "nmcli device connect host0"
 
 
 class Client(NamedTuple):
@@ -14,16 +14,16 @@ class Client(NamedTuple):
 
     variant: str
     command: str
-    configure: Callable[[Machine], None] = lambda machine: None
+    configure: Callable[[Container], None] = lambda machine: None
 
 
-def ifupdown(machine: Machine) -> None:
+def ifupdown(machine: Container) -> None:
     machine.write("etc/network/interfaces", "auto lo host0\niface host0 inet dhcp\n")
 
 
 CLIENTS = [
-    Client("plain", NETWORKD, Machine.use_networkd),
-    Client("network-manager", NETWORK_MANAGER),  # makes a profile for every cable
+    Client("plain", RECONFIGURE, Container.use_networkd),
+    Client("network-manager", CONNECT),  # makes a profile for every cable
     Client("ifupdown", "systemctl try-restart networking.service", ifupdown),
 ]
 
@@ -45,12 +45,12 @@ class DhcpBootTest(BootTest):
         self.addCleanup(server.stop)
         return server
 
-    def machine(self, variant: str = "plain") -> Machine:
+    def machine(self, variant: str = "plain") -> Container:
         machine = super().machine(variant)
         add_next_service(machine.root)
         return machine
 
-    def assert_published(self, boot: Boot, server: DhcpServer, command: str) -> None:
+    def assert_published(self, boot: ContainerBoot, server: DhcpServer, command: str) -> None:
         """The server learned the new name, for the same address, and the next unit had it."""
         self.assert_provisioned(boot)
         self.assert_line(boot, f"<6>Hostname published by {command}, in ")
@@ -64,7 +64,7 @@ class DhcpBootTest(BootTest):
         self.assertEqual(boot.messages("next"), [f"<6>{CONNECTED}"], boot)
 
     def check(self, client: Client, delay: int = 0) -> None:
-        """Boot an image with CLIENT, against a DHCP server that takes DELAY seconds."""
+        """ContainerBoot an image with CLIENT, against a DHCP server that takes DELAY seconds."""
         with self.subTest(client=client, delay=delay):
             self.doCleanups()  # each boot has a network of its own
             self.setUp()
@@ -84,7 +84,7 @@ class DhcpTest(DhcpBootTest):
         machine = self.machine()
         machine.use_networkd()
         boot = machine.boot(self.network)
-        self.assert_published(boot, server, NETWORKD)
+        self.assert_published(boot, server, RECONFIGURE)
         waited = server.acknowledgements[0].time - boot.seconds("ExecMainStart")
         lag = self.azure.asked("health")[0].time - server.acknowledgements[0].time
         self.assertGreater(waited, 2)

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Sequence, Tuple, Union
 
 from azure_provision import READY_LIMIT, ProvisioningError, keep_trying
 from tests.fake_azure import (
-    OK,
+    OK_LINE,
     Answer,
     FakeAzure,
     Flood,
@@ -16,10 +16,10 @@ from tests.fake_azure import (
     Text,
     Trickle,
 )
-from tests.harness import Clock, ScriptTest, start_script
+from tests.plain.harness import Clock, ScriptTest, start_script
 
 MIB = 1024 * 1024
-CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNKED = OK_LINE + b"Transfer-Encoding: chunked\r\n\r\n"
 TIMED_OUT = "timed out after 0 s"
 TRUNCATED = "the body is truncated, or over 1048576 bytes"
 
@@ -32,19 +32,19 @@ FAULTS: List[Tuple[Answer, str]] = [
     (Raw(b"HTTP/1.1 OK OK\r\n\r\n"), "HTTP/1.1 OK OK"),
     # No end, or too late.
     (Silence(), TIMED_OUT),
-    (Trickle(OK + b"X: "), TIMED_OUT),
-    (Trickle(OK + b"Content-Length: 500\r\n\r\n", interval=0.1), TIMED_OUT),
+    (Trickle(OK_LINE + b"X: "), TIMED_OUT),
+    (Trickle(OK_LINE + b"Content-Length: 500\r\n\r\n", interval=0.1), TIMED_OUT),
     # Newer Pythons count these.
     (Flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000), f"{TIMED_OUT}|more than 100 interim"),
-    (Flood(OK + b"\r\n"), TRUNCATED),
-    (Flood(OK, b"X: y\r\n" * 1000), "got more than 100 headers"),
-    (Flood(OK + b"X: "), "got more than 65536 bytes"),
+    (Flood(OK_LINE + b"\r\n"), TRUNCATED),
+    (Flood(OK_LINE, b"X: y\r\n" * 1000), "got more than 100 headers"),
+    (Flood(OK_LINE + b"X: "), "got more than 65536 bytes"),
     (Flood(CHUNKED + b"-1\r\n"), "got more than 65536 bytes when reading chunk size"),
     (Flood(CHUNKED + b"fffffffffffff\r\n"), TRUNCATED),
     # Too much, or too little.
     (Text("x" * (MIB + 1)), TRUNCATED),
-    (Raw(OK + b"Content-Length: 99999999999999999999\r\n\r\nweb-prod"), TRUNCATED),
-    (Raw(OK + b"Content-Length: 11\r\n\r\n"), TRUNCATED),
+    (Raw(OK_LINE + b"Content-Length: 99999999999999999999\r\n\r\nweb-prod"), TRUNCATED),
+    (Raw(OK_LINE + b"Content-Length: 11\r\n\r\n"), TRUNCATED),
     (Raw(CHUNKED + b"20\r\nweb-prod\r\n"), "IncompleteRead"),
     (Raw(CHUNKED + b"hello\r\nweb\r\n0\r\n\r\n"), "IncompleteRead"),
     # A status that is not accepted; its body is not waited for, and a redirect not followed.
@@ -55,7 +55,7 @@ FAULTS: List[Tuple[Answer, str]] = [
 for _status in (401, 410, 429, 500, 503):
     FAULTS.append((Status(_status), f" {_status} "))
 for _length in (b"0_3", b"-3", b"", b"\xb2", b"3\r\nContent-Length: 4"):
-    _answer = Raw(OK + b"Content-Length: " + _length + b"\r\n\r\nweb")
+    _answer = Raw(OK_LINE + b"Content-Length: " + _length + b"\r\n\r\nweb")
     FAULTS.append((_answer, "the Content-Length is not one number"))
 
 
@@ -120,7 +120,7 @@ class FaultTest(ScriptTest):
 
 class RecoveryTest(ScriptTest):
     def test_every_fault_in_a_row_in_each_step_and_then_success(self) -> None:
-        cut = Raw(OK + b"Content-Length: 40\r\n\r\nweb-prod")
+        cut = Raw(OK_LINE + b"Content-Length: 40\r\n\r\nweb-prod")
         flaws: List[Answer] = [Reset(), *map(Status, (500, 429, 503, 410))]
         flaws += [Raw(b"garbage\r\n\r\n"), cut]
         for resource in ("goalstate", "health", "compute"):

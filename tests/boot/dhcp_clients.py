@@ -1,12 +1,12 @@
 """Each DHCP client as Debian configures it, with a fast DHCP server and with one that takes 3 s.
 
-`python3 -m unittest tests.boot.stock`, as root; BOOT_COUNT is the number of boots of each (1).
+`python3 -m unittest tests.boot.dhcp_clients`, as root; BOOT_COUNT=N boots each N times (1).
 """
 
 import os
 
-from tests.boot.machine import Machine, enable
-from tests.boot.test_dhcp import CLIENTS, NETWORK_MANAGER, NETWORKD, Client, DhcpBootTest
+from tests.boot.container import Container, enable
+from tests.boot.test_dhcp import CLIENTS, CONNECT, RECONFIGURE, Client, DhcpBootTest
 
 COUNT = int(os.environ.get("BOOT_COUNT", "1"))
 
@@ -14,35 +14,35 @@ NETPLAN = '{network: {version: 2, ethernets: {all: {match: {name: "host*"}, dhcp
 PROFILE = "[connection]\nid=cable\ntype=ethernet\n\n[ipv4]\nmethod=auto\n"
 
 
-def netplan(machine: Machine) -> None:
+def netplan(machine: Container) -> None:
     machine.write("etc/netplan/01-all.yaml", NETPLAN, 0o600)
     enable(machine.root, "systemd-networkd.service")
 
 
-def resolved(machine: Machine) -> None:
+def resolved(machine: Container) -> None:
     machine.use_networkd()
     enable(machine.root, "systemd-resolved.service")
 
 
-def profile(machine: Machine) -> None:
+def profile(machine: Container) -> None:
     machine.write("etc/NetworkManager/system-connections/cable.nmconnection", PROFILE, 0o600)
 
 
-def slow_script(machine: Machine) -> None:
+def slow_script(machine: Container) -> None:
     script = "etc/NetworkManager/dispatcher.d/pre-up.d/10-slow"
     machine.write(script, "#!/bin/sh\nsleep 1\n", 0o755)
 
 
 MORE_CLIENTS = [
-    Client("plain", NETWORKD, lambda machine: machine.use_networkd("yes")),
-    Client("netplan", NETWORKD, netplan),
-    Client("polkit", NETWORKD, Machine.use_networkd),
-    Client("dbus-broker", NETWORKD, Machine.use_networkd),
-    Client("resolved", NETWORKD, resolved),
-    Client("network-manager-polkit", NETWORK_MANAGER),
-    Client("network-manager-broker", NETWORK_MANAGER),
-    Client("network-manager", NETWORK_MANAGER, profile),
-    Client("network-manager", NETWORK_MANAGER, slow_script),
+    Client("plain", RECONFIGURE, lambda machine: machine.use_networkd("yes")),
+    Client("netplan", RECONFIGURE, netplan),
+    Client("polkit", RECONFIGURE, Container.use_networkd),
+    Client("dbus-broker", RECONFIGURE, Container.use_networkd),
+    Client("resolved", RECONFIGURE, resolved),
+    Client("network-manager-polkit", CONNECT),
+    Client("network-manager-broker", CONNECT),
+    Client("network-manager", CONNECT, profile),
+    Client("network-manager", CONNECT, slow_script),
 ]
 
 

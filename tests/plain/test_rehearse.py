@@ -15,8 +15,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from tests import rehearse
 from tests.fake_azure import Request
-from tests.harness import ROOT
-from tests.vm import DhcpRequest, Setup, clean, parse_dhcp, split_options
+from tests.plain.harness import ROOT
+from tests.vm import DhcpRequest, Setup, parse_dhcp, printable, split_options
 
 
 def frame(*options: Tuple[int, bytes], kind: int = 3) -> bytes:
@@ -80,7 +80,7 @@ class TextTest(unittest.TestCase):
             ("\x9b2J\r\x08\u202e", "?2J???"),
             ("\x1b", "?"),
         ):
-            self.assertEqual(clean(raw), text)
+            self.assertEqual(printable(raw), text)
 
     def test_commas_in_a_path_stay_doubled(self) -> None:
         found = split_options("driver=raw,file.filename=/a,,b,,,,c")

@@ -6,7 +6,7 @@ import sys
 import unittest
 
 from tests.fake_azure import listen
-from tests.harness import ROOT
+from tests.plain.harness import ROOT
 
 
 def tool(*words: str) -> "subprocess.Popen[str]":

@@ -7,9 +7,9 @@ import unittest
 from typing import Any, List
 from unittest import mock
 
-from tests.fake_azure import OK, Raw, Reset, Silence, Status, Text
-from tests.harness import ROOT, SCRIPT, Machine, ScriptTest
-from tests.test_publish import HEADER, NETWORKD, default_route
+from tests.fake_azure import OK_LINE, Raw, Reset, Silence, Status, Text
+from tests.plain.harness import ROOT, SCRIPT, ScriptTest, StandIns
+from tests.plain.test_publish import HEADER, NETWORKCTL, default_route
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -58,7 +58,7 @@ class TableTest(ScriptTest):
         self.azure.script("goalstate", [Silence(), *map(Text, bodies)])
         self.azure.script("health", [Status(s) for s in (410, 429, 500, 503)])
         lengths = (b"40\r\n\r\n", b"3\r\nContent-Length: 4\r\n\r\n")
-        bad = [Raw(OK + b"Content-Length: " + length) for length in lengths]
+        bad = [Raw(OK_LINE + b"Content-Length: " + length) for length in lengths]
         self.azure.script("compute", [Silence(), Status(404), Status(429), *bad, Text("<html>")])
         run(RESPONSE_TIMEOUT=0.2)
         self.azure.script("compute", [Status(200, b" " * 1048577), Reset()])
@@ -69,11 +69,11 @@ class TableTest(ScriptTest):
         run(status=1)
         failing = self.machine(hostnamectl="exit 1", systemctl="exit 1")
         refused = PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-        with mock.patch.object(Machine, "sethostname", side_effect=refused):
+        with mock.patch.object(StandIns, "sethostname", side_effect=refused):
             run(machine=failing, status=1)
         run(machine=failing)
         run(HOSTNAME_FILE="/dev/full")
-        for tools in ({}, {"networkctl": NETWORKD}):
+        for tools in ({}, {"networkctl": NETWORKCTL}):
             machine = self.machine(hostnamectl="", systemctl="", **tools)
             machine.route_file.write_bytes(HEADER + default_route(b"lo"))
             run(machine=machine, PUBLISH_TIMEOUT=0.5)

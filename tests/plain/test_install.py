@@ -12,7 +12,7 @@ from subprocess import DEVNULL, PIPE
 from typing import Any, Dict, Tuple
 from unittest import mock
 
-from tests.harness import INSTALLER, ROOT, SCRIPT, UNIT_FILE
+from tests.plain.harness import INSTALLER, ROOT, SCRIPT, UNIT_FILE
 
 OPTIONS = ("--check", "--no-enable", "--uninstall")
 Files = Dict[str, str]  # path: content, or "-> target" for a symlink

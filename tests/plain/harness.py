@@ -18,7 +18,7 @@ from unittest import mock
 import azure_provision
 from tests.fake_azure import FakeAzure
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "azure_provision.py"
 UNIT_FILE = ROOT / "azure-provisioning.service"
 INSTALLER = ROOT / "install.sh"
@@ -28,8 +28,8 @@ DRIVER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import azure_provision
-from tests.harness import Machine
-with Machine(sys.argv[2]).stand_ins():
+from tests.plain.harness import StandIns
+with StandIns(sys.argv[2]).stand_ins():
     sys.exit(azure_provision.main(sys.argv[3:]))
 """
 
@@ -64,7 +64,7 @@ class Run(NamedTuple):
         return self.output.splitlines()
 
 
-class Machine:
+class StandIns:
     """A directory that stands for a machine: its tools on PATH, its files, its record.
 
     A tool writes its name and arguments to the record, then does what TOOLS says, in shell.
@@ -162,9 +162,9 @@ class ScriptTest(unittest.TestCase):
         """The options that point the script at the fake."""
         return ["--wireserver", self.azure.wireserver, "--imds", self.azure.imds]
 
-    def machine(self, **tools: str) -> Machine:
+    def machine(self, **tools: str) -> StandIns:
         """A machine with these tools; without any, one whose tools all succeed."""
-        machine = Machine(**(tools or {"hostnamectl": "", "systemctl": ""}))
+        machine = StandIns(**(tools or {"hostnamectl": "", "systemctl": ""}))
         self.addCleanup(machine.remove)
         return machine
 
@@ -178,7 +178,7 @@ class ScriptTest(unittest.TestCase):
     def provision(
         self,
         *arguments: str,
-        machine: Optional[Machine] = None,
+        machine: Optional[StandIns] = None,
         endpoints: bool = True,
         **options: Any,
     ) -> Run:
@@ -203,14 +203,14 @@ class ScriptTest(unittest.TestCase):
         return Run(status, "".join(lines) + printed.getvalue(), errors.getvalue())
 
 
-def start_script(machine: Machine, *arguments: str) -> "subprocess.Popen[str]":
+def start_script(machine: StandIns, *arguments: str) -> "subprocess.Popen[str]":
     """Start the script as a process on MACHINE."""
     driver = [sys.executable, "-I", "-c", DRIVER, str(ROOT), str(machine.root)]
     return popen([*driver, *arguments], machine)
 
 
 def popen(
-    command: List[str], machine: Machine, environment: Optional[Dict[str, str]] = None
+    command: List[str], machine: StandIns, environment: Optional[Dict[str, str]] = None
 ) -> "subprocess.Popen[str]":
     """Start COMMAND with nothing but the tools of MACHINE on PATH."""
     return subprocess.Popen(

@@ -1,7 +1,7 @@
 """Whole first boots against mutations of valid answers and against odd ones of every kind.
 
-Each has to end provisioned or with a clean failure. `python3 -m tests.test_fuzz --runs N --seed S`
-runs as many as you like; `--first I --runs 1` runs one again.
+Each has to end provisioned or with a clean failure. `python3 -m tests.plain.test_fuzz --runs N
+--seed S` runs as many as you like; `--first I --runs 1` runs one again.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Tuple
 
 import azure_provision
 from tests.fake_azure import Answer, FakeAzure, Handler, Raw, Reset, Trickle
-from tests.harness import Clock, Machine, logged
+from tests.plain.harness import Clock, StandIns, logged
 
 RUNS, SEED = 1000, 11
 
@@ -154,7 +154,7 @@ def fuzz(runs: int, seed: int, first: int = 0) -> Tuple[List[str], str]:
     ends = [0, 0]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
-    azure, machine = FuzzedAzure(), Machine()
+    azure, machine = FuzzedAzure(), StandIns()
     azure.container_id = "c-1"
     endpoints = ["--wireserver", azure.wireserver, "--imds", azure.imds]
     limits: Dict[str, Any] = {"RESPONSE_TIMEOUT": 0.02, "READY_LIMIT": 2, "HOSTNAME_LIMIT": 2}
@@ -194,7 +194,7 @@ class FuzzTest(unittest.TestCase):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python3 -m tests.test_fuzz")
+    parser = argparse.ArgumentParser(prog="python3 -m tests.plain.test_fuzz")
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--first", type=int, default=0, help="the number of the first run")

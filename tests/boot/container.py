@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Sequence
 from azure_provision import AZURE_CHASSIS_ASSET_TAG, CHASSIS_ASSET_TAG_FILE, UNIT, WIRESERVER
 from tests.boot.host import CACHE, command, missing, new_directory, note, remove_tree, skip_if
 from tests.boot.network import HOST_INTERFACE, Namespace
-from tests.harness import INSTALLER
+from tests.plain.harness import INSTALLER
 
 SUITE = os.environ.get("BOOT_SUITE", "bookworm")
 
@@ -36,7 +36,7 @@ PACKAGES = {
     "ifupdown": [*DBUS, "ifupdown", "isc-dhcp-client"],
 }
 
-NETWORKD = f"[Match]\nName={HOST_INTERFACE}\n\n[Network]\nDHCP=%s\n"
+CABLE_FILE = f"[Match]\nName={HOST_INTERFACE}\n\n[Network]\nDHCP=%s\n"
 
 # A script of the tests, which says on the console what it finds.
 SERVICE = """\
@@ -116,7 +116,7 @@ def add_next_service(root: Path) -> None:
     add_service(root, "next", f"exec 3<>/dev/tcp/{WIRESERVER}/80 && echo {CONNECTED}")
 
 
-class Machine:
+class Container:
     """A copy of an image, with the unit installed by install.sh, and how to boot it."""
 
     def __init__(self, variant: str = "plain", install: bool = True) -> None:
@@ -145,7 +145,7 @@ class Machine:
 
     def use_networkd(self, dhcp: str = "ipv4") -> None:
         """Have systemd-networkd ask for an address at the cable."""
-        self.write("etc/systemd/network/10-cable.network", NETWORKD % dhcp)
+        self.write("etc/systemd/network/10-cable.network", CABLE_FILE % dhcp)
         enable(self.root, "systemd-networkd.service")
 
     def asset_tag(self, tag: str) -> None:
@@ -158,7 +158,7 @@ class Machine:
         elif tag != AZURE_CHASSIS_ASSET_TAG:  # this machine has no DMI to put it over
             self.sys = [f"--bind-ro={sys}:/sys/class"]
 
-    def start(self, network: Namespace) -> "Boot":
+    def start(self, network: Namespace) -> "ContainerBoot":
         """Turn the power on; the block of this context manager ends with a power cut."""
         for file in self.report.iterdir():
             file.unlink()
@@ -171,16 +171,16 @@ class Machine:
             *self.sys,
             *self.options,
         ]
-        return Boot(command, self.report)
+        return ContainerBoot(command, self.report)
 
-    def boot(self, network: Namespace) -> "Boot":
-        """Boot it and wait until it has powered itself off."""
+    def boot(self, network: Namespace) -> "ContainerBoot":
+        """ContainerBoot it and wait until it has powered itself off."""
         with self.start(network) as boot:
             boot.finish()
             return boot
 
 
-class Boot:
+class ContainerBoot:
     """One boot: the console while it runs, and how it went once it has finished."""
 
     def __init__(self, command: List[str], report: Path) -> None:
@@ -195,7 +195,7 @@ class Boot:
         self._thread = threading.Thread(target=self._read_console, args=(terminal,))
         self._thread.start()
 
-    def __enter__(self) -> "Boot":
+    def __enter__(self) -> "ContainerBoot":
         return self
 
     def __exit__(self, *args: Any) -> None:
@@ -265,8 +265,8 @@ class BootTest(unittest.TestCase):
         self.addCleanup(namespace.remove)
         return namespace
 
-    def machine(self, variant: str = "plain") -> Machine:
-        machine = Machine(variant)
+    def machine(self, variant: str = "plain") -> Container:
+        machine = Container(variant)
         self.addCleanup(machine.remove)
         return machine
 
@@ -277,12 +277,12 @@ class BootTest(unittest.TestCase):
     def figure(self, text: str) -> None:
         note(f"{SUITE} {self.id().split('.', 2)[-1]}: {text}")
 
-    def assert_line(self, boot: Boot, start: str) -> None:
+    def assert_line(self, boot: ContainerBoot, start: str) -> None:
         """One of the script's lines begins with START."""
         self.assertTrue(any(line.startswith(start) for line in boot.lines), boot)
 
     def assert_provisioned(
-        self, boot: Boot, name: str = "web-prod-01", stored: bool = True
+        self, boot: ContainerBoot, name: str = "web-prod-01", stored: bool = True
     ) -> None:
         """The unit succeeded, and the machine has its NAME; if it is not stored, for this boot."""
         started, ended = boot.seconds("ExecMainStart"), boot.seconds("ActiveEnter")

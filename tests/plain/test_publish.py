@@ -11,7 +11,7 @@ from typing import Any, List, Sequence, Tuple
 from unittest import mock
 
 import azure_provision
-from tests.harness import Machine, Run, ScriptTest, logged
+from tests.plain.harness import Run, ScriptTest, StandIns, logged
 
 HEADER = b"Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
 WIRESERVER_ROUTE = b"eth9\t10813FA8\t0104000A\t0007\t0\t0\t5\tFFFFFFFF\t0\t0\t0\n"
@@ -19,8 +19,8 @@ UNMANAGED = "lo is not managed by systemd-networkd, NetworkManager, ifupdown or 
 LOOPBACK = 1  # the index of the interface that plays the one that leads to Azure
 
 # Stand-ins that say that they manage the interface.
-NETWORKD = "[ $1 = reconfigure ] || echo '  1 lo loopback carrier configured'"
-NETWORK_MANAGER = "[ $1 != -g ] || echo '100 (connected)'"
+NETWORKCTL = "[ $1 = reconfigure ] || echo '  1 lo loopback carrier configured'"
+NMCLI = "[ $1 != -g ] || echo '100 (connected)'"
 IFUP = "[ $1 != is-active ] || echo active"
 IFQUERY, DHCPCD = "echo lo=lo", "echo interface=lo"
 
@@ -53,7 +53,7 @@ class PublishTest(unittest.TestCase):
 
         MEANWHILE is called in a thread, with the machine and the other end of the socket.
         """
-        machine = Machine(**tools)
+        machine = StandIns(**tools)
         self.addCleanup(machine.remove)
         machine.route_file.write_bytes(self.routes)
         kernel, script = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -81,13 +81,13 @@ class PublishTest(unittest.TestCase):
         self.assertIn(f"<5>Hostname not published: {reason}", self.line)
 
     def test_each_client_is_asked_in_its_own_way(self) -> None:
-        configuring = NETWORKD.replace("configured", "configuring")
-        connecting = NETWORK_MANAGER.replace("100 (connected)", "{} (connecting (...))")
+        configuring = NETWORKCTL.replace("configured", "configuring")
+        connecting = NMCLI.replace("100 (connected)", "{} (connecting (...))")
         hanging, flooding = "exec /bin/sleep 600", "while :; do echo configured; done"
         networkctl, nmcli = "networkctl reconfigure lo", "nmcli device connect lo"
         for tools, command in (
-            ({"networkctl": NETWORKD}, networkctl),
-            ({"nmcli": NETWORK_MANAGER}, nmcli),
+            ({"networkctl": NETWORKCTL}, networkctl),
+            ({"nmcli": NMCLI}, nmcli),
             ({"systemctl": IFUP}, "systemctl restart ifup@lo.service"),
             ({"ifquery": IFQUERY, "systemctl": ""}, "systemctl try-restart networking.service"),
             ({"dhcpcd": DHCPCD, "systemctl": ""}, "systemctl try-restart dhcpcd.service"),
@@ -96,9 +96,9 @@ class PublishTest(unittest.TestCase):
             ({"nmcli": connecting.format(40)}, nmcli),
             ({"nmcli": connecting.format(70)}, nmcli),
             # One that is of no use leaves time for the next.
-            ({"networkctl": "echo configured; exit 1", "nmcli": NETWORK_MANAGER}, nmcli),
-            ({"networkctl": hanging, "nmcli": NETWORK_MANAGER}, nmcli),
-            ({"networkctl": flooding, "nmcli": NETWORK_MANAGER}, nmcli),
+            ({"networkctl": "echo configured; exit 1", "nmcli": NMCLI}, nmcli),
+            ({"networkctl": hanging, "nmcli": NMCLI}, nmcli),
+            ({"networkctl": flooding, "nmcli": NMCLI}, nmcli),
         ):
             with self.subTest(tools):
                 self.assertEqual(self.publish(**tools)[-1], command)
@@ -137,16 +137,16 @@ class PublishTest(unittest.TestCase):
             ("exec /bin/sleep 600", "networkctl: timed out after 1 s"),
             ("while :; do echo; done", "networkctl: printed more than 65536 bytes"),
         ):
-            self.publish(networkctl=f"{NETWORKD}; [ $1 != reconfigure ] || {{ {action}; }}")
+            self.publish(networkctl=f"{NETWORKCTL}; [ $1 != reconfigure ] || {{ {action}; }}")
             self.assert_notice(reason)
 
     def test_network_that_does_not_come_back_costs_a_notice(self) -> None:
         self.events = [address_event(index=7), address_event(kind=21), address_event(kind=24)]
-        self.publish(networkctl=NETWORKD)
+        self.publish(networkctl=NETWORKCTL)
         self.assert_notice("the network of lo is not back after 1 s")
 
     def test_wait_ends_with_the_default_route_that_follows_the_address(self) -> None:
-        def meanwhile(machine: Machine, kernel: socket.socket) -> None:
+        def meanwhile(machine: StandIns, kernel: socket.socket) -> None:
             while "reconfigure" not in machine.record.read_text():
                 time.sleep(0.01)
             machine.route_file.write_bytes(HEADER + WIRESERVER_ROUTE)
@@ -156,7 +156,7 @@ class PublishTest(unittest.TestCase):
             kernel.send(address_event(index=0, kind=24))
 
         self.events = []
-        self.publish(meanwhile, networkctl=NETWORKD)
+        self.publish(meanwhile, networkctl=NETWORKCTL)
         self.assert_published("networkctl reconfigure lo")
         self.assertGreater(self.seconds, 0.3)
 
@@ -169,7 +169,7 @@ class PublishTest(unittest.TestCase):
     def test_more_events_than_the_kernel_can_keep_are_no_failure(self) -> None:
         lost = OSError(errno.ENOBUFS, "No buffer space available")
         with mock.patch.object(Events, "recv", side_effect=lost):
-            self.publish(networkctl=NETWORKD)
+            self.publish(networkctl=NETWORKCTL)
         self.assert_published("networkctl reconfigure lo")
 
     def test_odd_routing_tables_cost_a_notice(self) -> None:
@@ -183,17 +183,17 @@ class PublishTest(unittest.TestCase):
         ):
             with self.subTest(routes):
                 self.routes = HEADER + routes
-                self.assertEqual(self.publish(networkctl=NETWORKD), [])
+                self.assertEqual(self.publish(networkctl=NETWORKCTL), [])
                 self.assert_notice(reason)
         self.routes = b""
-        self.publish(networkctl=NETWORKD)
+        self.publish(networkctl=NETWORKCTL)
         self.assert_notice("there is no default route")
 
     def test_interface_name_cannot_forge_a_line(self) -> None:
         self.routes = HEADER + default_route(b"lo\x1b[2J\x1c")
         names = [(LOOPBACK, "lo\x1b[2J\x1c")]
         with mock.patch.object(socket, "if_nameindex", lambda: names):
-            self.publish(networkctl=NETWORKD)
+            self.publish(networkctl=NETWORKCTL)
         self.assert_published(r"networkctl reconfigure lo\\x1b\[2J\\x1c")
 
     def test_interface_name_that_is_not_utf_8_reaches_the_client_as_it_is(self) -> None:
@@ -206,7 +206,7 @@ class PublishTest(unittest.TestCase):
 class OrderTest(ScriptTest):
     def provision_with_networkd(self) -> Tuple[Run, List[str]]:
         """Run the script on a machine with networkd, whose network does not come back."""
-        machine = self.machine(networkctl=NETWORKD, hostnamectl="", systemctl="")
+        machine = self.machine(networkctl=NETWORKCTL, hostnamectl="", systemctl="")
         machine.route_file.write_bytes(HEADER + default_route(b"lo"))
         run = self.provision(machine=machine, PUBLISH_TIMEOUT=0.6, journal=True)
         self.assertEqual(run.status, 0, run.output)

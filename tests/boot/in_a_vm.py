@@ -1,6 +1,6 @@
 """What a container cannot show: clients that need udev or a real interface, and the whole sandbox.
 
-`python3 -m unittest tests.boot.whole`, as root, boots whole VMs under QEMU, half a minute each;
+`python3 -m unittest tests.boot.in_a_vm`, as root, boots whole VMs under QEMU, half a minute each;
 BOOT_COUNT is the number of boots of each DHCP client (1).
 """
 
@@ -9,12 +9,12 @@ import unittest
 from pathlib import Path
 
 from tests.boot import disk
+from tests.boot.container import CONNECTED, add_next_service
 from tests.boot.disk import Tree
 from tests.boot.host import command, missing, new_directory, note, remove_tree, skip_if, which
-from tests.boot.machine import CONNECTED, add_next_service
-from tests.boot.test_boot import PROBED, add_probe
-from tests.harness import INSTALLER
-from tests.vm import VM, Boot
+from tests.boot.test_boot import SANDBOX_ALLOWS, add_probe
+from tests.plain.harness import INSTALLER
+from tests.vm import VM, VMBoot
 
 COUNT = int(os.environ.get("BOOT_COUNT", "1"))
 TIMEOUT = 120  # seconds, for a boot under emulation
@@ -44,7 +44,7 @@ class WholeTest(VMTest):
         add_next_service(tree.root)
         return tree
 
-    def wait_for(self, boot: Boot, text: str) -> None:
+    def wait_for(self, boot: VMBoot, text: str) -> None:
         self.assertTrue(boot.wait(lambda: text in boot.console, TIMEOUT), boot.console)
 
     def check(self, image: Path, publish: str) -> None:
@@ -78,4 +78,4 @@ class WholeTest(VMTest):
         with VM(tree.disk()) as vm, vm.boot() as boot:
             self.wait_for(boot, CONNECTED)
             said = [line.split(": ", 1)[1] for line in boot.lines if "azure-provisioning[" in line]
-        self.assertEqual(said, PROBED)
+        self.assertEqual(said, SANDBOX_ALLOWS)

@@ -10,8 +10,18 @@ import sys
 from typing import Any, List, Tuple, Union
 from xml.etree import ElementTree
 
-from tests.fake_azure import GOAL_STATE, OK, Answer, Chunked, Raw, Request, Silence, Status, Text
-from tests.harness import SCRIPT, ScriptTest, popen, start_script
+from tests.fake_azure import (
+    GOAL_STATE,
+    OK_LINE,
+    Answer,
+    Chunked,
+    Raw,
+    Request,
+    Silence,
+    Status,
+    Text,
+)
+from tests.plain.harness import SCRIPT, ScriptTest, popen, start_script
 
 MIB = 1024 * 1024  # the longest body that is accepted
 SLEEP = "/bin/sleep 600"
@@ -80,7 +90,7 @@ class FirstBootTest(ScriptTest):
             Text(usual.replace("</RoleInstanceList>", second)),
             Text(usual.replace('"utf-8"', '"utf-16"')),
             Chunked("\ufeff" + usual),
-            Raw(OK + b"\r\n" + usual.encode()),
+            Raw(OK_LINE + b"\r\n" + usual.encode()),
         ]
         cases = [("goalstate", answer, "200 OK") for answer in unusual]
         cases += [("health", Status(status), str(status)) for status in (201, 204, 299)]
@@ -125,7 +135,7 @@ class HostnameTest(ScriptTest):
         cases: List[Tuple[Answer, str]] = [
             (Text(compute("myset000000", name="myset_0")), "myset000000"),  # in a scale set
             (Chunked("\ufeff" + web), "web"),
-            (Raw(OK + b"Content-Length: %d \r\n\r\n" % len(web) + web.encode()), "web"),
+            (Raw(OK_LINE + b"Content-Length: %d \r\n\r\n" % len(web) + web.encode()), "web"),
             (Text(compute("\r\n\t web \r\n")), "web"),
             (Text(web.ljust(MIB)), "web"),
             (Chunked(web.ljust(MIB)), "web"),

@@ -1,0 +1,1 @@
+"""Tests that need nothing but Python: the script, the installer and the tools."""
