@@ -113,7 +113,7 @@ def network(image: ImageFiles) -> Iterator[str]:
         if re.search(pattern, image.read(rules)):
             yield f"{rules}: names the interface of one MAC address, the builder's: delete it"
     if not bound:
-        why = "; ".join(sorted({f"{config.file}: {config.off}" for config in fitting}))
+        why = "; ".join(dict.fromkeys(f"{config.file}: {config.off}" for config in fitting))
         yield (
             f"{why or '/etc'}: no DHCP client is enabled and configured, so no VM has a network: "
             "enable one, such as systemd-networkd with DHCP=yes in /etc/systemd/network/80-dhcp.network"
@@ -164,10 +164,10 @@ def accelerated_networking(image: ImageFiles) -> Iterator[str]:
 
 def dhcp_name(image: ImageFiles) -> Iterator[str]:
     """The name that DHCP tells Azure's DNS is the hostname."""
-    fix = "delete that setting"
+    lost = "so Azure's DNS never learns the name of a VM: have it send the hostname"
     for config in configurations(image):
         if config.hostname and config.fits(ETH0) and not config.off:
-            yield f"{config.file}: {config.hostname}, so Azure's DNS never learns the VM's name: {fix}"
+            yield f"{config.file}: {config.hostname}, {lost}"
     for word in image.command_line:
         if word.startswith("systemd.hostname="):
             file = image.boot_loaders[0]
@@ -235,9 +235,8 @@ def agents(image: ImageFiles) -> Iterator[str]:
 
 def boots(image: ImageFiles) -> Iterator[str]:
     """The kernel has the drivers of Azure, and its messages go to boot diagnostics."""
-    for file in image.list("usr/lib/modules/*/modules.dep") + image.list(
-        "lib/modules/*/modules.dep"
-    ):
+    files = image.list("usr/lib/modules/*/modules.dep") + image.list("lib/modules/*/modules.dep")
+    for file in sorted(set(map(image.resolve, files))):
         builtin = image.read(file.replace("modules.dep", "modules.builtin"))
         for driver in DRIVERS:
             if not re.search(rf"/{driver}\.ko\b", image.read(file) + builtin):
@@ -277,6 +276,18 @@ def problems(root: str) -> List[str]:
     )
 
 
+def rehearsal_note(image: ImageFiles) -> str:
+    """What a rehearsal will see otherwise: QEMU's interface has another name and driver."""
+    name = "eth0" if "net.ifnames=0" in image.command_line else "ens3"
+    active = [config for config in configurations(image) if not config.off]
+    if any(config.fits((name, "virtio_net")) for config in active):
+        return ""
+    return (
+        f" A rehearsal will find no network, as QEMU's interface is {name} (virtio_net): add that "
+        "driver to the match, or net.ifnames=0 to the kernel command line, which names it eth0."
+    )
+
+
 def main(arguments: List[str]) -> int:
     parser = argparse.ArgumentParser("python3 -m tests.check", description=__doc__)
     parser.add_argument(
@@ -288,7 +299,7 @@ def main(arguments: List[str]) -> int:
     if not os.path.isdir(os.path.join(tree, "usr")):
         parser.error(f"{tree!a} has no usr directory: it is not the root of an image")
     found = problems(tree)
-    print("\n".join(found) or f"Nothing was found in {tree!a}.")
+    print("\n".join(found) or f"Nothing was found in {tree!a}.{rehearsal_note(ImageFiles(tree))}")
     return 1 if found else 0
 
 

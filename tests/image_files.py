@@ -9,7 +9,7 @@ import shlex
 import stat
 from collections import deque
 from fnmatch import fnmatchcase
-from typing import Any, Deque, Dict, List, Set, Tuple
+from typing import Any, Deque, Dict, List, Optional, Set, Tuple
 
 MAX_FILE = 16 << 20  # bytes; the largest are lists of modules
 LAYERS = ("etc", "usr/local/lib", "usr/lib", "lib")  # the first that has a file wins
@@ -107,7 +107,7 @@ def yaml(text: str) -> Any:
             tokens.popleft()
             return mapping
         if token == "[":
-            items = []
+            items: List[Any] = []
             while tokens[0] != "]":
                 items += [value()] if tokens[0] != "," else tokens.popleft()[1:]
             tokens.popleft()
@@ -243,10 +243,10 @@ class ImageFiles:
         paths = [f"/{base}/systemd/system/{n}" for n in names for base in LAYERS]
         return next((path for path in paths if self.exists(path)), "")
 
-    def unit(self, name: str) -> Settings:
-        """A unit's settings with those of its drop-ins; none if it is masked or does not exist."""
+    def unit(self, name: str) -> Optional[Settings]:
+        """A unit's settings with those of its drop-ins; None if it is masked or does not exist."""
         text = self.read(self.unit_file(name))
-        return settings(text + "\n" + self.text(f"systemd/system/{name}.d/*.conf")) if text else {}
+        return settings(f"{text}\n{self.text(f'systemd/system/{name}.d/*.conf')}") if text else None
 
     def start(self, presets: bool) -> Dict[str, Settings]:
         """What systemd starts at boot, by its names."""
@@ -260,7 +260,9 @@ class ImageFiles:
         for name in {os.path.basename(path) for path in units} if presets else ():
             chosen = [r[0] for r in rules if len(r) > 1 and fnmatchcase(name, r[1])] + ["enable"]
             if chosen[0] == "enable":
-                for target in words(self.unit(name), "Install.WantedBy", "Install.RequiredBy"):
+                for target in words(
+                    self.unit(name) or {}, "Install.WantedBy", "Install.RequiredBy"
+                ):
                     wanted.setdefault(target, []).append(name)
         cloud_init = self.layered("systemd/system-generators/cloud-init-generator")
         off = (
@@ -271,8 +273,8 @@ class ImageFiles:
         started: Dict[str, Settings] = {}
         while todo:
             name = todo.pop()
-            unit = {} if name in started else self.unit(name)
-            if unit:
+            unit = None if name in started else self.unit(name)
+            if unit is not None:
                 alias = os.path.basename(self.resolve(self.unit_file(name)))
                 started[name] = started[alias] = unit
                 todo += wanted.get(name, []) + wanted.get(alias, [])

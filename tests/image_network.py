@@ -38,7 +38,7 @@ def matches(patterns: Sequence[str], value: str) -> bool:
 def hostname(suppressed: Any, name: Any) -> str:
     """What two settings do to the name that is sent."""
     if suppressed in NO:
-        return "sends no name with its DHCP request"
+        return "sends no name"
     return f"always sends the name {name}" if name else ""
 
 
@@ -222,7 +222,7 @@ def ifcfg(image: ImageFiles) -> Iterator[Config]:
 def interfaces(
     image: ImageFiles, file: str = "/etc/network/interfaces", depth: int = 0
 ) -> List[Tuple[str, List[str]]]:
-    """The lines of interfaces(5) with the files that they stand in, those of other files included."""
+    """Each line of interfaces(5), sourced files included, with the file that it stands in."""
     lines: List[Tuple[str, List[str]]] = []
     for line in image.read(file).replace("\\\n", " ").split("\n"):
         line_words = line.split("#")[0].split() if line.strip().startswith("#") else line.split()
@@ -237,27 +237,35 @@ def interfaces(
     return lines
 
 
-def sent_by_client(image: ImageFiles) -> str:
-    """What is wrong with the name that dhclient or dhcpcd sends."""
-    if image.stat("/usr/sbin/dhclient") or image.stat("/sbin/dhclient"):
+def sent_by_client(image: ImageFiles, client: str) -> str:
+    """What is wrong with the name that a client's own configuration has it send."""
+    if client == "dhclient":
         conf = image.read("/etc/dhcp/dhclient.conf") or image.read("/etc/dhclient.conf")
-        send = re.search(r'(?m)^\s*send\s+(?:host-name|fqdn\.fqdn)\s*=?\s*("?)([^";]*)', conf)
-        return hostname("" if send else "no", send.group(2) if send and send.group(1) else "")
-    conf = image.read("/etc/dhcpcd.conf")
-    send = re.search(r"(?m)^\s*hostname\b[ \t]*(\S*)", conf)
-    return hostname("" if send or not conf else "no", send.group(1) if send else "")
+        fixed, line = (
+            r'send\s+(?:host-name|fqdn\.fqdn)\s*=?\s*"(.*)"',
+            "send host-name = gethostname();",
+        )
+    elif client == "dhcpcd":
+        conf, fixed, line = image.read("/etc/dhcpcd.conf"), r"hostname[ \t]+(\S+)", "hostname"
+    else:
+        return ""
+    name = re.search(rf"(?m)^\s*{fixed}", conf)
+    if name:
+        return hostname("", name.group(1))
+    sends = re.search(rf"(?m)^\s*{line.split(' =')[0]}\b", conf)
+    return "" if sends else f"sends no name (there is no `{line}` in {client}.conf)"
 
 
 def ifupdown(image: ImageFiles) -> Iterator[Config]:
     """Debian's stanzas, started by networking.service, or by a udev rule (allow-hotplug)."""
     if not (image.stat("/usr/sbin/ifup") or image.stat("/sbin/ifup")):
         return
-    programs = [
-        f"{d}/{n}"
-        for d in ("/usr/sbin", "/sbin", "/usr/bin")
-        for n in ("dhclient", "dhcpcd", "udhcpc")
+    clients = [
+        name
+        for name in ("dhclient", "udhcpc", "dhcpcd")  # in the order of ifupdown
+        if any(image.stat(f"{place}/{name}") for place in ("/usr/sbin", "/sbin", "/usr/bin"))
     ]
-    client = any(map(image.stat, programs))
+    name_sent = sent_by_client(image, clients[0]) if clients else ""
     lines = interfaces(image)
     started: Dict[str, str] = {}  # a name or pattern of interfaces: why its class is not started
     for _, (keyword, *names) in lines:
@@ -269,30 +277,30 @@ def ifupdown(image: ImageFiles) -> Iterator[Config]:
         if stanza[0] != "iface" or stanza[2:4] != ["inet", "dhcp"]:
             continue
         name = stanza[1]
-        for pattern, off in started.items():
-            physical, _, logical = pattern.partition("=")
-            if logical == name or fnmatchcase(name, physical.lstrip("/")):
-                break
-        else:
-            physical, off = name, "is neither auto nor allow-hotplug"
+        physical, off = name, f"nothing starts {name}: add allow-hotplug {name}"
+        for pattern, class_off in started.items():
+            interface, _, logical = pattern.partition("=")
+            if name in (interface, logical) or fnmatchcase(name, interface.lstrip("/")):
+                physical = interface if logical == name else name
+                off = class_off
         option = ""
         for _, (keyword, *values) in lines[number + 1 :]:
             if keyword in ("iface", "auto", "mapping") or keyword.startswith("allow-"):
                 break
             option = values[0] if keyword == "hostname" and values else option
-        mac = physical.startswith(("/mac/", "mac/"))
+        mac = re.match("/?mac/", physical)
         yield Config(
             file,
-            [physical.lstrip("/") if logical == name else name],
+            [physical.lstrip("/")],
             never=physical if mac else "",
             off=off
-            or ("" if client else "has no DHCP client: install isc-dhcp-client or dhcpcd-base"),
-            hostname=hostname("", option) or sent_by_client(image),
+            or ("" if clients else "no DHCP client is installed: isc-dhcp-client, dhcpcd-base"),
+            hostname=hostname("", option) if option and clients[:1] != ["dhclient"] else name_sent,
         )
     # Debian's cloud images make a stanza for each interface that comes.
     for rules in image.layered("udev/rules.d/*.rules"):
-        if re.search(r"(?m)^[^#\n]*(ifup@|cloud-ifupdown-helper)", image.read(rules)) and client:
-            yield Config(rules, hostname=sent_by_client(image))
+        if re.search(r"(?m)^[^#\n]*(ifup@|cloud-ifupdown-helper)", image.read(rules)) and clients:
+            yield Config(rules, hostname=name_sent)
 
 
 def other_clients(image: ImageFiles) -> Iterator[Config]:
@@ -309,7 +317,7 @@ def other_clients(image: ImageFiles) -> Iterator[Config]:
                 names = instance or words(conf, ".allowinterfaces")
                 denied = " ".join(words(conf, ".denyinterfaces"))
             off = "denies eth0" if denied and matches(denied.split(), ETH0[0]) else ""
-            name = sent_by_client(image) if client.group(1) in ("dhcpcd", "dhclient") else ""
+            name = sent_by_client(image, client.group(1))
             yield Config(image.unit_file(unit), names, off=off, hostname=name)
 
 
