@@ -110,7 +110,7 @@ check_python() {
         tree:12[56]:* | tree:1:chroot:*) # chroot is not permitted, or it is another architecture
             printf 'install.sh: warning: %s\n' \
                 "$PYTHON cannot run here, so it was not checked: $answer" >&2 ;;
-        *) die "$PYTHON is not a Python 3.6 or newer with its whole library: $answer" ;;
+        *) die "$PYTHON cannot run the script, which needs all of Python 3.6 or newer: $answer" ;;
     esac
 }
 

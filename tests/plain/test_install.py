@@ -1,7 +1,6 @@
 """The real installer, into temporary trees; and the unit, as systemd reads it."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +42,7 @@ sys.modules["a"].__file__ = "/root/a.py\""""
 # Shells that the installer is run with, where they are installed; busybox with its own tools.
 SHELLS = (["dash"], ["bash", "--posix"], ["busybox", "sh"])
 
-FIT = "is not a Python 3.6 or newer with its whole library: "
+FIT = "cannot run the script, which needs all of Python 3.6 or newer: "
 MASKED = f"the unit is masked: delete .*/{UNIT}"
 NOT_THERE = "hidden from the unit, or cleaned at boot"
 # Files and variables that are refused, and what is said.
@@ -53,7 +52,7 @@ REFUSED: Tuple[Tuple[Dict[str, str], Dict[str, str], str], ...] = (
     *(({}, {"PREFIX": f"/a{character}"}, "letters, digits") for character in " \n\t%$&|\\'\"é*;"),
     *(({}, {"PREFIX": f"{path}/a"}, NOT_THERE) for path in ("/home", "/root", "/tmp", "/var/tmp")),
     ({}, {"PYTHON": "/run/user/0/python3"}, NOT_THERE),
-    ({PYTHON: ELSEWHERE}, {}, f"/root/a.py is under /root: {NOT_THERE}"),
+    ({PYTHON: ELSEWHERE}, {}, f"/root/.*py is under /root: {NOT_THERE}"),
     ({}, {"DESTDIR": "/no such"}, "is not a directory; for a disk image: systemd-dissect --mount"),
     ({}, {"DESTDIR": str(SCRIPT)}, "is not a directory; for a disk image: systemd-dissect"),
     ({}, {"DESTDIR": f"{ROOT}\n"}, "control character"),
@@ -170,7 +169,7 @@ class InstallTest(InstallerTest):
                 if self.shell[0] == "busybox":
                     for (
                         applet
-                    ) in "cat chmod cp dirname id ln mkdir mv readlink rm sed tail tr".split():
+                    ) in ["cat", "chmod", "cp", "dirname", "id", "ln", "mkdir", "mv", "readlink", "rm", "sed", "tail", "tr"]:
                         self.tool(applet, f'exec busybox {applet} "$@"')
                 expected = {**self.files(), **INSTALLED}
                 for again in range(3):
@@ -239,7 +238,7 @@ class InstallTest(InstallerTest):
             ),
         ):
             broken = self.tool(tool, action)
-            for earlier in ({}, {**{name: "old" for name in INSTALLED}, LINK: "-> /an/old/unit"}):
+            for earlier in ({}, {**dict.fromkeys(INSTALLED, "old"), LINK: "-> /an/old/unit"}):
                 with self.subTest(action, earlier=earlier):
                     self.new_tree(**earlier)
                     complete = {**INSTALLED, **self.files()}
