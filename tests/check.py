@@ -96,7 +96,7 @@ def network(image: ImageFiles) -> Iterator[str]:
     for config in bound:
         what = config.never or ", ".join([*config.names, *config.drivers])
         yield (
-            f"{config.file}: is for {what}, and Azure's interface is eth0 (driver hv_netvsc), so no "
+            f"{config.file}: is for {what}, but Azure's is eth0 (driver hv_netvsc), so no "
             "VM has a network: match Driver=hv_netvsc, or name eth0"
         )
     for rules in image.layered("udev/rules.d/*.rules") + image.layered("systemd/network/*.link"):
@@ -141,7 +141,7 @@ def accelerated_networking(image: ImageFiles) -> Iterator[str]:
             by_driver = "match Driver=hv_netvsc instead of a name"
             by_rule = "install azure-vm-utils, or its rule 10-azure-unmanaged-sriov.rules"
             yield (
-                f"{config.file}: is also for the second device of accelerated networking, so a VM may "
+                f"{config.file}: is also for the second device of accelerated networking: a VM may "
                 f"lose its network: {by_rule if config.service == MANAGER else by_driver}"
             )
 

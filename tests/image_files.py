@@ -21,7 +21,10 @@ BOOT_LOADERS = (
     "etc/kernel/cmdline usr/lib/kernel/cmdline",
     "etc/default/grub etc/default/grub.d/*.cfg",
 )
-COMMAND_LINE = r"(?m)^[ \t]*(?:linux\w*\s+\S+|options|append|(?:set\s+)?kernelopts=|GRUB_CMDLINE_LINUX\w*=)(.*)"
+COMMAND_LINE = (
+    r"(?mi)^[ \t]*(?:linux\w*[ \t]+\S+|options|append|(?:set )?kernelopts="
+    r"|GRUB_CMDLINE_LINUX\w*=)(.*)"
+)
 YAML_TOKEN = r"\"[^\"]*\"|'[^']*'|[{}\[\],]|:(?=\s|$)|(?:[^\s{}\[\],:]|:(?!\s|$))+"
 Settings = Dict[str, List[str]]
 
