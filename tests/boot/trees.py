@@ -16,12 +16,13 @@ from tests.plain.harness import INSTALLER, ROOT
 
 
 class Case(NamedTuple):
-    """A tree of PACKAGES that SOUND makes sound, in shell.
+    """An image with these other packages that SOUND makes sound, in shell.
 
     BROKEN has for the only problem of each broken tree what breaks it, in shell.
     """
 
-    packages: List[str]
+    variant: str
+    others: List[str]
     sound: str
     broken: Dict[str, str]
     suite: str = "bookworm"
@@ -53,7 +54,8 @@ def lose_driver(path: str) -> str:
 
 CASES = {
     "networkd": Case(
-        ["udev"],
+        "plain",
+        [],
         f"""
         systemctl --root=. enable systemd-networkd
         printf '[Match]\\nDriver=hv_netvsc virtio_net\\n[Network]\\nDHCP=yes\\n' >{NETWORK}
@@ -77,7 +79,8 @@ CASES = {
         },
     ),
     "netplan, initramfs-tools, openssh": Case(
-        ["netplan.io", "udev", "openssh-server", "linux-image-cloud-amd64"],
+        "netplan",
+        ["openssh-server", "linux-image-cloud-amd64"],
         f"""
         echo '{{network: {{version: 2, ethernets: {{any: {{' \\
             'match: {{driver: [hv_netvsc, virtio_net]}}, dhcp4: true}}}}}}}}' >{NETPLAN}
@@ -98,7 +101,8 @@ CASES = {
         },
     ),
     "NetworkManager": Case(
-        ["network-manager"],
+        "network-manager",
+        [],
         UNMANAGED,
         {
             "NetworkManager.conf: is also for the second device": f"rm {RULES}",
@@ -110,7 +114,8 @@ CASES = {
         },
     ),
     "ifupdown with dhclient": Case(
-        ["ifupdown", "isc-dhcp-client"],
+        "ifupdown",
+        [],
         stanza("eth0"),
         {
             f"/{INTERFACES}: is for ens3": stanza("ens3"),
@@ -121,7 +126,8 @@ CASES = {
         },
     ),
     "ifupdown in Debian's cloud image": Case(
-        ["ifupdown", "isc-dhcp-client"],
+        "ifupdown",
+        [],
         f"""
         echo source-directory /run/network/interfaces.d >{INTERFACES}
         echo 'SUBSYSTEM=="net", RUN+="/etc/network/cloud-ifupdown-helper"' \\
@@ -130,7 +136,8 @@ CASES = {
         {"no DHCP client is enabled": "rm etc/udev/rules.d/75-*"},
     ),
     "ifupdown with dhcpcd, openssh": Case(
-        ["ifupdown", "dhcpcd-base", "openssh-server"],
+        "trees",
+        [*DBUS, "ifupdown", "dhcpcd-base", "openssh-server"],
         f"{stanza('eth0', 'auto')}; echo uninitialized >etc/machine-id",
         {
             f"/{INTERFACES}: is for ens3": stanza("ens3", "auto"),
@@ -139,7 +146,8 @@ CASES = {
         "trixie",
     ),
     "dhcpcd, dracut, GRUB": Case(
-        ["dhcpcd5", "dracut", "grub-pc", "linux-image-cloud-amd64"],
+        "trees",
+        [*DBUS, "dhcpcd5", "dracut", "grub-pc", "linux-image-cloud-amd64"],
         """
         echo hostname >>etc/dhcpcd.conf
         sed -i '/^GRUB_CMDLINE_LINUX=/s/""/"console=ttyS0"/' etc/default/grub
@@ -152,7 +160,8 @@ CASES = {
         },
     ),
     "agents": Case(
-        ["cloud-init", "waagent", "network-manager"],
+        "network-manager",
+        ["cloud-init", "waagent"],
         f"{UNMANAGED} touch etc/cloud/cloud-init.disabled; {MASK} walinuxagent",
         {
             "/cloud-init-local.service: also reports": "rm etc/cloud/cloud-init.disabled",
@@ -173,7 +182,7 @@ class TreesTest(unittest.TestCase):
         directory = new_directory()
         for name in ("upper", "work", "root"):
             (directory / name).mkdir()
-        (directory / "image").symlink_to(image("tree", case.suite, [*DBUS, *case.packages]))
+        (directory / "image").symlink_to(image(case.variant, case.suite, case.others))
         layers = "lowerdir=image,upperdir=upper,workdir=work"
         command("mount", "-t", "overlay", "-o", layers, "overlay", "root", cwd=directory)
         root = directory / "root"

@@ -25,7 +25,7 @@ INSTALLED = {
 GOOD_PYTHON = "#!/bin/sh\ncat >/dev/null; echo fit\n"
 # This one, which first does something else. Its directory, which may be hidden, does not count.
 REAL_PYTHON = f"""#!/bin/sh
-exec '{sys.executable}' -I -S -B -c 'import os, sys, types
+exec '{sys.executable}' "$1" "$2" "$3" -c 'import os, sys, types
 realpath, os.path.realpath = os.path.realpath, os.path.basename
 %s
 sys.argv[:1] = []
@@ -39,8 +39,9 @@ sys.executable, sys.modules["a"] = "", types.ModuleType("a")
 sys.modules["a"].__file__ = "/root/a.py\""""
 )
 
-# Shells that the installer is run with, where they are installed; busybox with its own tools.
+# Shells that the installer is run with, where they are installed; the last with its own tools.
 SHELLS = (["dash"], ["bash", "--posix"], ["busybox", "sh"])
+APPLETS = ("cat", "chmod", "cp", "dirname", "id", "ln", "mkdir", "mv", "readlink", "rm", "sed")
 
 FIT = "cannot run the script, which needs all of Python 3.6 or newer: "
 MASKED = f"the unit is masked: delete .*/{UNIT}"
@@ -70,7 +71,7 @@ REFUSED: Tuple[Tuple[Dict[str, str], Dict[str, str], str], ...] = (
 )
 
 
-class InstallerTest(unittest.TestCase):
+class InstallTest(unittest.TestCase):
     """Each test has a tree, `self.tree`, of a sound image."""
 
     def setUp(self) -> None:
@@ -85,11 +86,8 @@ class InstallerTest(unittest.TestCase):
 
     def new_tree(self, **files: str) -> None:
         shutil.rmtree(str(self.tree), ignore_errors=True)
-        for name, content in {
-            PYTHON: GOOD_PYTHON,
-            "usr/lib/systemd/systemd": "#!",
-            **files,
-        }.items():
+        good = {PYTHON: GOOD_PYTHON, "usr/lib/systemd/systemd": "#!"}
+        for name, content in {**good, **files}.items():
             self.write(name, content)
 
     def write(self, name: str, content: str) -> Path:
@@ -114,22 +112,9 @@ class InstallerTest(unittest.TestCase):
         variables = {"DESTDIR": self.tree, **variables}
         environment = {name: str(value) for name, value in variables.items() if value is not None}
         environment["PATH"] = f"{self.directory}/tools:{os.environ['PATH']}:/usr/sbin:/sbin"
-        process = subprocess.run(
-            [
-                "/bin/sh",
-                "-c",
-                f'{before}\nexec "$@"',
-                "sh",
-                *self.shell,
-                self.installer,
-                *arguments,
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            timeout=30,
-            env=environment,
-        )
+        before = f'{before}\nexec "$@"'
+        command = ["/bin/sh", "-c", before, "sh", *self.shell, self.installer, *arguments]
+        process = subprocess.run(command, stdin=-3, stdout=-1, stderr=-1, env=environment)
         return process.returncode, process.stdout.decode(), process.stderr.decode()
 
     def succeed(self, *arguments: str, **options: Any) -> str:
@@ -159,28 +144,21 @@ class InstallerTest(unittest.TestCase):
                     found[name] = (path.stat().st_mode & 0o777, path.read_text(encoding="utf-8"))
         return found
 
-
-class InstallTest(InstallerTest):
     def test_installs_any_number_of_times_with_any_shell(self) -> None:
         self.tool("systemctl", "echo a tree needs no systemctl >&2")
         for self.shell in (["/bin/sh"], *(shell for shell in SHELLS if shutil.which(shell[0]))):
             with self.subTest(self.shell):
                 self.new_tree()
-                if self.shell[0] == "busybox":
-                    for (
-                        applet
-                    ) in ["cat", "chmod", "cp", "dirname", "id", "ln", "mkdir", "mv", "readlink", "rm", "sed", "tail", "tr"]:
-                        self.tool(applet, f'exec busybox {applet} "$@"')
+                for applet in APPLETS if self.shell[0] == "busybox" else ():
+                    self.tool(applet, f'exec busybox {applet} "$@"')
                 expected = {**self.files(), **INSTALLED}
                 for again in range(3):
                     if again == 2:
                         (self.tree / LINK).unlink()  # as on a provisioned VM
                     output = self.succeed()
                     self.assertEqual(self.files(), expected)
-                self.assertTrue(
-                    output.endswith(f"\npython3 -m tests.check '{self.tree}'\n"), output
-                )
-                self.assertIn("Removed", self.succeed("--uninstall"))
+                self.assertIn(f"\npython3 -m tests.check '{self.tree}'\n", output)
+                self.succeed("--uninstall")
                 self.assertEqual(set(expected) - set(self.files()), set(INSTALLED))
                 self.succeed("--uninstall")
 
@@ -197,12 +175,11 @@ class InstallTest(InstallerTest):
 
     def test_unit_with_other_paths_differs_in_one_line(self) -> None:
         self.write("opt/bin/python3.6", GOOD_PYTHON)
-        output = self.succeed(PREFIX="/opt/a+b/", PYTHON="/opt/bin/python3.6")
+        self.succeed(PREFIX="/opt/a+b/", PYTHON="/opt/bin/python3.6")
         command = f"/opt/bin/python3.6 -I -S /opt/a+b/sbin/{SCRIPT.name}"
         unit = INSTALLED[UNIT_PATH][1].replace(f"/{PYTHON} -I -S /{SCRIPT_PATH}", command)
         self.assertEqual(self.files()[UNIT_PATH][1], unit)
         self.assertIn(f"opt/a+b/sbin/{SCRIPT.name}", self.files())
-        self.assertIn("tests.check", output)
 
     def test_works_from_any_directory_by_a_relative_destdir_and_through_a_link(self) -> None:
         clone = self.directory / "a clone"
@@ -241,17 +218,14 @@ class InstallTest(InstallerTest):
             for earlier in ({}, {**dict.fromkeys(INSTALLED, "old"), LINK: "-> /an/old/unit"}):
                 with self.subTest(action, earlier=earlier):
                     self.new_tree(**earlier)
-                    complete = {**INSTALLED, **self.files()}
+                    old = {**INSTALLED, **self.files()}
                     status, _, errors = self.install(before=before)
-                    self.assertEqual((status, errors[-20:]), (1, "install.sh: failed\n"[-20:]))
+                    self.assertEqual((status, errors[-19:]), (1, "install.sh: failed\n"))
                     after = self.files()
                     self.assertFalse([name for name in after if name.endswith(".new")])
                     if LINK in after or PRESET in after:
-                        whole = [
-                            (files[SCRIPT_PATH], files[UNIT_PATH])
-                            for files in (INSTALLED, complete)
-                        ]
-                        self.assertIn((after[SCRIPT_PATH], after[UNIT_PATH]), whole)
+                        both = [(f[SCRIPT_PATH], f[UNIT_PATH]) for f in (after, INSTALLED, old)]
+                        self.assertIn(both[0], both[1:])
             broken.unlink()
 
     def test_leftover_of_a_killed_installation_is_not_followed(self) -> None:
@@ -270,11 +244,6 @@ class InstallTest(InstallerTest):
         self.succeed()
         self.assertFalse(target.is_symlink())
         self.assertEqual(self.files()["etc/precious"][1], "precious")
-
-    def test_help_names_every_option_and_variable(self) -> None:
-        output = self.succeed("--help")
-        for word in ("--no-enable", "--uninstall", "DESTDIR", "PREFIX", "PYTHON"):
-            self.assertIn(word, output)
 
     def test_real_interpreter_runs_no_code_of_the_directory_and_writes_none(self) -> None:
         self.write(PYTHON, REAL_PYTHON % "")
@@ -307,7 +276,9 @@ class InstallTest(InstallerTest):
             self.refused("not root", DESTDIR=destdir)
             self.refused("not root", "--uninstall", DESTDIR=destdir)
 
-    def test_refuses_unknown_arguments(self) -> None:
+    def test_refuses_unknown_arguments_and_help_has_the_known_ones(self) -> None:
+        for word in ("--no-enable", "--uninstall", "DESTDIR", "PREFIX", "PYTHON"):
+            self.assertIn(word, self.succeed("--help"))
         for arguments in (["--bogus"], ["--check"], [""], ["--no-enable", "--uninstall"]):
             self.refused("see --help", *arguments)
 
