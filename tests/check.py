@@ -49,7 +49,7 @@ def installation(image: ImageFiles) -> Iterator[str]:
         return
     if image.off(UNIT):
         yield f"{file}: {image.off(UNIT)}, as on a provisioned VM, so no VM reports Ready: {AGAIN}"
-    if "multi-user.target" not in image.started:
+    if not image.default_target:
         target = "/etc/systemd/system/default.target"
         yield f"{target}: does not start multi-user.target, so no VM reports Ready: delete it"
     for drop_in in image.layered(f"systemd/system/{UNIT}.d/*.conf"):

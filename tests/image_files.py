@@ -255,7 +255,7 @@ class ImageFiles:
             unit = self.unit(name) if chosen[:1] in ([], ["enable"]) else None
             for target in words(unit or {}, "Install.WantedBy", "Install.RequiredBy"):
                 wanted.setdefault(target, []).append(name)
-        todo = ["default.target"]
+        todo = ["multi-user.target", "default.target"]
         off = self.exists("/etc/cloud/cloud-init.disabled")
         if not off and "cloud-init=disabled" not in self.command_line:
             generator = self.layered("systemd/system-generators/cloud-init-generator")
@@ -263,6 +263,8 @@ class ImageFiles:
         started: Dict[str, Settings] = {}
         while todo:
             name = todo.pop()
+            if not todo and name == "multi-user.target":  # all that default.target starts is known
+                self.default_target = name in started
             unit = None if name in started else self.unit(name)
             if unit is not None:
                 alias = os.path.basename(self.resolve(self.unit_file(name)))

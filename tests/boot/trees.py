@@ -41,7 +41,7 @@ echo 'SUBSYSTEM=="net", ACTION!="remove", DRIVERS=="mana|mlx4_core|mlx5_core",' 
 """
 ONLY_PROFILE = f"""
 printf '[main]\\nno-auto-default=*\\n' >etc/NetworkManager/conf.d/a.conf
-printf '[connection]\\nid=a\\ntype=%s\\n[ipv4]\\nmethod=auto\\n' >{PROFILE} """
+printf '[connection]\\nid=a\\ntype=%b\\n[ipv4]\\nmethod=auto\\n' >{PROFILE} """
 
 
 def stanza(name: str, start: str = "allow-hotplug") -> str:
@@ -129,6 +129,7 @@ CASES = {
         "ifupdown",
         [],
         f"""
+        mkdir -p etc/udev/rules.d
         echo source-directory /run/network/interfaces.d >{INTERFACES}
         echo 'SUBSYSTEM=="net", RUN+="/etc/network/cloud-ifupdown-helper"' \\
             >etc/udev/rules.d/75-cloud-ifupdown.rules

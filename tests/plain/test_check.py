@@ -134,7 +134,7 @@ NONE, READY = "no DHCP client is enabled", "so no VM reports Ready"
 SHARED, FIXED, ONE_MAC = "would be shared by all", "always sends the name golden", "one MAC address"
 RESCUE = {
     f"{SYSTEM}/default.target": "-> /lib/systemd/system/rescue.target",
-    f"{LIB}/rescue.target": f"[Unit]\nWants={UNIT} systemd-networkd.service",
+    f"{LIB}/rescue.target": HERE,
 }
 HOME = {f"home/me/sbin/{SCRIPT.name}": SYSTEMD[SCRIPT_PATH], SCRIPT_PATH: ""}
 FIRST = "[Unit]\nConditionFirstBoot=yes\n[Service]\nExecStart=ssh-keygen -A\n"
