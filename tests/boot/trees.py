@@ -35,6 +35,10 @@ PROFILE = "etc/NetworkManager/system-connections/a.nmconnection"
 RULES = "etc/udev/rules.d/10-azure-unmanaged-sriov.rules"
 MAC = "00:22:48:12:34:56"
 DISABLE, MASK = "systemctl --root=. disable", "systemctl --root=. mask"
+BY_DRIVER = f"""
+echo '{{network: {{version: 2, ethernets: {{any: {{' \\
+    'match: {{driver: [hv_netvsc, virtio_net]}}, dhcp4: true}}}}}}}}' >{NETPLAN}
+"""
 UNMANAGED = f"""
 echo 'SUBSYSTEM=="net", ACTION!="remove", DRIVERS=="mana|mlx4_core|mlx5_core",' \\
     'ATTR{{flags}}=="0x?[89ABCDEF]??", ENV{{NM_UNMANAGED}}="1"' >{RULES}
@@ -82,8 +86,7 @@ CASES = {
         "netplan",
         ["openssh-server", "linux-image-cloud-amd64"],
         f"""
-        echo '{{network: {{version: 2, ethernets: {{any: {{' \\
-            'match: {{driver: [hv_netvsc, virtio_net]}}, dhcp4: true}}}}}}}}' >{NETPLAN}
+        {BY_DRIVER}
         mkdir etc/systemd/system/ssh.service.d
         printf '[Service]\\nExecStartPre=\\nExecStartPre=/usr/bin/ssh-keygen -A\\n' \\
             >etc/systemd/system/ssh.service.d/host-keys.conf
@@ -96,7 +99,7 @@ CASES = {
                 printf '        macaddress: {MAC}\\n      dhcp4: true\\n' >>{NETPLAN}""",
             "systemd-networkd.service is masked": f"{MASK} systemd-networkd",
             "nobody can log in (nothing": "rm etc/systemd/system/ssh.service.d/host-keys.conf",
-            "/etc/ssh/ssh_host_rsa_key: would be shared": "chroot . /usr/bin/ssh-keygen -A",
+            "/etc/ssh/ssh_host_ecdsa_key: would be shared": "chroot . /usr/bin/ssh-keygen -A",
             "no hv_storvsc": lose_driver("scsi/hv_storvsc"),
         },
     ),
@@ -161,9 +164,9 @@ CASES = {
         },
     ),
     "agents": Case(
-        "network-manager",
+        "netplan",
         ["cloud-init", "waagent"],
-        f"{UNMANAGED} touch etc/cloud/cloud-init.disabled; {MASK} walinuxagent",
+        f"{BY_DRIVER} touch etc/cloud/cloud-init.disabled; {MASK} walinuxagent",
         {
             "/cloud-init-local.service: also reports": "rm etc/cloud/cloud-init.disabled",
             "systemctl mask walinuxagent.service": "rm etc/systemd/system/walinuxagent.service",
