@@ -187,7 +187,7 @@ class ImageFiles:
         except OSError:
             self.unreadable.add(path)
             return ""
-        return text.replace("\0", "").replace("\r\n", "\n")
+        return text.replace("\0", "")
 
     def list(self, pattern: str) -> List[str]:
         """The paths that match PATTERN, sorted."""

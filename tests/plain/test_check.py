@@ -69,7 +69,7 @@ NETWORKD: Files = {
 UBUNTU: Files = {
     f"{LIB}/systemd-networkd.service": "[Service]\n",
     f"{GENERATORS}/netplan": "#!",
-    NETPLAN: "network:\n  ethernets:\n    any:\n      match:\n        driver: hv_netvsc\n"
+    NETPLAN: "network: # {for: [any\n  ethernets:\n    any:\n      match:\n        driver: hv_netvsc\n"
     "      dhcp4: true # on any VM\n",
     **service("ssh.socket", wants=f"{SYSTEM}/sockets.target.wants"),
     f"{LIB}/ssh.service": "[Service]\nExecStartPre=/usr/bin/ssh-keygen -A\n",
@@ -80,6 +80,7 @@ UBUNTU: Files = {
 FEDORA: Files = {
     **service("NetworkManager.service"),
     PROFILE: "[connection]\ntype=wifi\ninterface-name=wlan0\n[ipv4]\nmethod=auto\n",
+    NM_CONF: "[keyfile]\nunmanaged-devices=*,except:type:ethernet\n",
     RULES: RULE,
     **service("sshd.service", "/usr/sbin/sshd -D", "Wants=sshd-keygen.target"),
     KEYGEN: "[Unit]\nWants=sshd-keygen@rsa.service\n",
@@ -94,7 +95,7 @@ RHEL: Files = {
 }
 RHEL_8: Files = {**RHEL, PROFILE: "", IFCFG: 'DEVICE=eth0\nBOOTPROTO="dhcp" # all\nONBOOT=yes\n'}
 SLES: Files = {
-    **service("wicked.service"),
+    **service("wicked.service", wants=f"{SYSTEM}/graphical.target.wants"),
     SUSE: "BOOTPROTO='dhcp'\nSTARTMODE='auto'\n",
     **service("sshd.service", "/usr/sbin/sshd-gen-keys-start"),
     "usr/sbin/sshd-gen-keys-start": "#!/bin/sh\nssh-keygen -A\n",
@@ -165,6 +166,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (SLES, {SUSE.replace("eth0", "ens3"): "BOOTPROTO=dhcp\n", SUSE: ""}, "is for ens3"),
     (NETWORKD, {NETWORKD_LINK: ""}, f"systemd-networkd.service is not enabled: {NONE}", NETWORK),
     (NETWORKD, {NETWORK: "[Match]\nName=e*\n[Network]\nAddress=10.0.0.4/24\n"}, "has no DHCP=yes"),
+    (NETWORKD, {"etc/systemd/network/05.network": "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
     (UBUNTU, {f"{SYSTEM}/systemd-networkd.service": MASKED}, "networkd.service is masked", NETPLAN),
     (UBUNTU, {f"{GENERATORS}/netplan": ""}, f"netplan is not installed: {NONE}", NETPLAN),
     (RHEL, {PROFILE: FEDORA[PROFILE]}, "there is no profile for eth0", MANAGER),
