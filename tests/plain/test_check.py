@@ -69,8 +69,8 @@ NETWORKD: Files = {
 UBUNTU: Files = {
     f"{LIB}/systemd-networkd.service": "[Service]\n",
     f"{GENERATORS}/netplan": "#!",
-    NETPLAN: "network: # {for: [any\n  ethernets:\n    any:\n      match:\n        driver: hv_netvsc\n"
-    "      dhcp4: true # on any VM\n",
+    NETPLAN: "network: # {a: [b\n  ethernets:\n    a:\n      match:\n        driver: hv_netvsc\n"
+    "      dhcp4: true\n",
     **service("ssh.socket", wants=f"{SYSTEM}/sockets.target.wants"),
     f"{LIB}/ssh.service": "[Service]\nExecStartPre=/usr/bin/ssh-keygen -A\n",
     GRUB: "menuentry a {\n\tlinux\t/vmlinuz root=LABEL=root ro net.ifnames=0 console=ttyS0\n}\n",
@@ -246,7 +246,7 @@ class CheckTest(unittest.TestCase):
                 self.assertRegex(problem, says)
 
     def test_odd_files_neither_stop_it_nor_lead_it_out_of_the_tree(self) -> None:
-        self.tree(NETWORKD)
+        self.tree(NETWORKD, {"usr/sbin/ifup": HERE})
         os.mkfifo(str(self.root / "etc/systemd/network/20-fifo.network"))
         (self.directory / "outside.network").write_text("[Match]\nMACAddress=00:22:48:00:00:00\n")
         for target in ("30-4.network", "../" * 30 + str(self.directory), "/dev/zero", "/dev/tty"):
@@ -254,6 +254,9 @@ class CheckTest(unittest.TestCase):
         (self.root / "etc/ssh").symlink_to("../../../")  # the tree's root, as / has no parent
         (self.root / "ssh_host_a\nb\x1b[2J_key").write_bytes(bytes(range(256)))
         (self.root / "etc/netplan").symlink_to("netplan")
+        (self.root / "etc/network").mkdir()
+        (self.root / INTERFACES).write_text("source /etc/network/*\n" * 99 + "source /" + "*/" * 99)
+        (self.root / "etc/network/more").symlink_to(".")
         said = f"/etc/ssh/ssh_host_a\\nb\\x1b[2J_key: {SHARED} VMs: rm -f /etc/ssh/ssh_host_*\n"
         self.assertEqual(self.run_check(str(self.root)), (1, said))
 

@@ -32,12 +32,9 @@ sys.argv[:1] = []
 exec(sys.argv[0])' "$5" "$6" "$7"
 """
 HIDING = REAL_PYTHON % 'sys.modules["http.client"] = None'
-ELSEWHERE = (
-    REAL_PYTHON
-    % """os.path.realpath = realpath
+ELSEWHERE = """os.path.realpath = realpath
 sys.executable, sys.modules["a"] = "", types.ModuleType("a")
 sys.modules["a"].__file__ = "/root/a.py\""""
-)
 
 # Shells that the installer is run with, where they are installed; the last with its own tools.
 SHELLS = (["dash"], ["bash", "--posix"], ["busybox", "sh"])
@@ -53,7 +50,7 @@ REFUSED: Tuple[Tuple[Dict[str, str], Dict[str, str], str], ...] = (
     *(({}, {"PREFIX": f"/a{character}"}, "letters, digits") for character in " \n\t%$&|\\'\"é*;"),
     *(({}, {"PREFIX": f"{path}/a"}, NOT_THERE) for path in ("/home", "/root", "/tmp", "/var/tmp")),
     ({}, {"PYTHON": "/run/user/0/python3"}, NOT_THERE),
-    ({PYTHON: ELSEWHERE}, {}, f"/root/.*py is under /root: {NOT_THERE}"),
+    ({PYTHON: REAL_PYTHON % ELSEWHERE}, {}, f"/root/.*py is under /root: {NOT_THERE}"),
     ({}, {"DESTDIR": "/no such"}, "is not a directory; for a disk image: systemd-dissect --mount"),
     ({}, {"DESTDIR": str(SCRIPT)}, "is not a directory; for a disk image: systemd-dissect"),
     ({}, {"DESTDIR": f"{ROOT}\n"}, "control character"),
