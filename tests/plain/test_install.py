@@ -182,12 +182,13 @@ class InstallTest(unittest.TestCase):
         clone = self.directory / "a clone"
         clone.mkdir()
         for file in (INSTALLER, SCRIPT, UNIT_FILE):
-            shutil.copy(str(file), str(clone))
+            shutil.copyfile(str(file), str(clone / file.name))
+        (clone / INSTALLER.name).chmod(0o755)
         (self.directory / "link").symlink_to("a clone/install.sh")
         for self.installer in ("a clone/install.sh", "./link"):
             self.new_tree()
             self.succeed(DESTDIR="an image", before=f"cd '{self.directory}'", CDPATH=self.directory)
-            self.assertIn(SCRIPT_PATH, self.files())
+            self.assertEqual(self.files()[SCRIPT_PATH], INSTALLED[SCRIPT_PATH])
 
     def test_modes_do_not_depend_on_the_umask_and_existing_ones_stay(self) -> None:
         existing = self.tree / "usr/local/sbin"
