@@ -54,8 +54,7 @@ def valid(name: str) -> bool:
     """Whether NAME is a hostname, told in another way than the script does."""
     letters = set(string.ascii_letters + string.digits + "-")
     return len(name) <= 64 and all(
-        0 < len(label) <= 63 and set(label) <= letters and label.strip("-") == label
-        for label in name.split(".")
+        label and set(label) <= letters and label.strip("-") == label for label in name.split(".")
     )
 
 
@@ -136,7 +135,7 @@ def check(status: int, lines: List[str], commands: List[str], hostname_file: Pat
     """Raise AssertionError if a run did not end as it should."""
     assert len(lines) < 40, f"{len(lines)} lines"
     for line in lines:
-        assert 2 < len(line) < 1200, f"a line of {len(line)} characters"
+        assert 2 < len(line) < 11000, f"a line of {len(line)} characters"
     if status == 1:
         assert lines[-1].startswith("Not provisioned: "), lines[-1]
         assert commands == [], commands
@@ -160,11 +159,13 @@ def fuzz(runs: int, seed: int, first: int = 0) -> Tuple[List[str], str]:
     limits: Dict[str, Any] = {"RESPONSE_TIMEOUT": 0.02, "READY_LIMIT": 2, "HOSTNAME_LIMIT": 2}
     commands: List[str] = []
 
-    def run(command: str, timeout: float) -> str:
+    def run(command: str) -> str:
         commands.append(command)
         return ""
 
-    with azure, machine.stand_ins(run=run, time=Clock(), **limits):
+    clock = Clock()
+    patches = {"run": run, "time": clock, "wait_for_event": clock.wait_for_event}
+    with azure, machine.stand_ins(**patches, **limits):
         for number in range(first, first + runs):
             azure.begin(seed, number)
             commands.clear()
