@@ -156,7 +156,7 @@ def fuzz(runs: int, seed: int, first: int = 0) -> Tuple[List[str], str]:
     azure, machine = FuzzedAzure(), StandIns()
     azure.container_id = "c-1"
     endpoints = ["--wireserver", azure.wireserver, "--imds", azure.imds]
-    limits: Dict[str, Any] = {"RESPONSE_TIMEOUT": 0.02, "READY_LIMIT": 2, "HOSTNAME_LIMIT": 2}
+    options: Dict[str, Any] = {"RESPONSE_TIMEOUT": 0.02, "READY_LIMIT": 2, "HOSTNAME_LIMIT": 2}
     commands: List[str] = []
 
     def run(command: str) -> str:
@@ -164,8 +164,8 @@ def fuzz(runs: int, seed: int, first: int = 0) -> Tuple[List[str], str]:
         return ""
 
     clock = Clock()
-    patches = {"run": run, "time": clock, "wait_for_event": clock.wait_for_event}
-    with azure, machine.stand_ins(**patches, **limits):
+    options.update(run=run, time=clock, wait_for_event=clock.wait_for_event)
+    with azure, machine.stand_ins(**options):
         for number in range(first, first + runs):
             azure.begin(seed, number)
             commands.clear()

@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 from typing import Any, Dict, List, Tuple, Union
+from unittest import mock
 from xml.etree import ElementTree
 
 from tests.fake_azure import GOAL_STATE, OK_LINE, Answer, Chunked, Raw, Request, Status, Text
-from tests.plain.harness import SCRIPT, ScriptTest, popen, start_script
+from tests.plain.harness import SCRIPT, ScriptTest, StandIns, popen, start_script
 
 SET, FSYNC = "hostnamectl set-hostname web-prod-01", "fsync hostname: web-prod-01"
 DISABLE = "systemctl disable --no-reload azure-provisioning.service"
@@ -209,12 +210,10 @@ class MachineTest(ScriptTest):
         self.assertRegex(run.lines[-1], "^<6>Provisioned as web-prod-01 in ")
 
     def test_hostname_that_the_kernel_refuses_is_a_failure(self) -> None:
-        def refuse(_: str) -> None:
-            raise PermissionError(1, "Operation not permitted")
-
         machine = self.machine(hostnamectl="exit 1", systemctl="")
-        machine.sethostname = refuse  # type: ignore[method-assign]
-        run = self.provision(machine=machine)
+        refused = PermissionError(1, "Operation not permitted")
+        with mock.patch.object(StandIns, "sethostname", side_effect=refused):
+            run = self.provision(machine=machine)
         self.assertEqual((run.status, len(machine.calls)), (1, 1))
         self.assertRegex(run.lines[-1], "^Not provisioned: Operation not permitted; the next boot")
 
