@@ -294,6 +294,9 @@ class ProcessTest(ScriptTest):
 
     def test_ctrl_c_is_a_line_and_no_traceback(self) -> None:
         self.azure.script("goalstate", [], forever=Status(503))
+        # A shell that started the tests in the background has it ignored.
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, handler)
         process = popen([sys.executable, str(SCRIPT), *self.endpoints], self.machine())
         self.azure.wait_for("goalstate", 2)
         process.send_signal(signal.SIGINT)
