@@ -210,6 +210,7 @@ class PublishTest(unittest.TestCase):
             ([route(b"a", 0), route(b"b", 1000, azure)], "b"),
             ([route(b"a", 1000, azure), route(b"b", 0, near), route(b"c", 0)], "a"),
             ([route(b"b"), route(b"a")], "b"),  # the first of equals
+            ([route(b"a"), route(b"b")], "a"),
             ([route(b"a", 9, azure), route(b"b", 8, azure)], "b"),
             ([route(b"a", 0, "10.0.0.0/8"), route(b"b", 0, "169.254.169.254/32")], ""),
             ([route(b"*", 0), route(b"b", 512)], "b"),

@@ -153,7 +153,9 @@ def in_a_network_namespace(test: Callable[[Any], None]) -> Callable[[Any], None]
         if subprocess.call([*unshare, "true"], stderr=subprocess.DEVNULL) != 0:
             raise unittest.SkipTest("network namespaces are not allowed here")
         command = [*unshare, "env", "IN_A_NETWORK_NAMESPACE=1", sys.executable, "-m", "unittest"]
-        subprocess.run([*command, self.id()], cwd=str(ROOT), stderr=subprocess.PIPE, check=True)
+        command, pipe = [*command, self.id()], subprocess.PIPE
+        process = subprocess.run(command, cwd=str(ROOT), stderr=pipe, encoding="utf-8")
+        self.assertEqual(process.returncode, 0, process.stderr)
         return None
 
     return wrapper
