@@ -182,10 +182,10 @@ class ScriptTest(unittest.TestCase):
 
         Without ENDPOINTS the fake has the platform's place. OPTIONS are those of stand_ins().
         """
-        clock = options.setdefault("time", Clock())
-        options.setdefault("wait_for_event", clock.wait_for_event)
-        options.setdefault("HTTPConnection", self.connection)
-        stand_ins = (machine or self.machine()).stand_ins(**options)
+        clock = Clock()
+        defaults: Dict[str, Any] = {"time": clock, "wait_for_event": clock.wait_for_event}
+        defaults["HTTPConnection"] = self.connection
+        stand_ins = (machine or self.machine()).stand_ins(**{**defaults, **options})
         words = [*(self.endpoints if endpoints else ()), *arguments]
         printed, errors = io.StringIO(), io.StringIO()  # by argparse
         printing = contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors)
