@@ -86,7 +86,8 @@ class StandIns:
             self.bin.mkdir()
         for name, action in tools.items():
             tool = self.bin / name
-            tool.write_text(f"#!/bin/sh\necho {name} \"$@\" >>'{self.record}'\n{action}\n")
+            text = f"#!/bin/sh\necho {name} \"$@\" >>'{self.record}'\n{action}\n"
+            tool.write_bytes(os.fsencode(text))
             tool.chmod(0o755)
 
     @property

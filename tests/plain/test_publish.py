@@ -139,7 +139,7 @@ class PublishTest(unittest.TestCase):
             (219, "linger", "120 (failed)", "inactive"),
             (252, "", "", ""),
             (252, "\x1b[31mconfigured\x1b[0m", "100", "active\nactive"),
-            (252, "garbage\u00e9", "4 0", "reactive"),
+            (252, "garbage\udcff", "4 0", "reactive"),
         ):
             with self.subTest(networkd, version=version):
                 calls = self.publish(
