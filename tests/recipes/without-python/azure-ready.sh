@@ -48,7 +48,7 @@ fetch_name() { # JSON escapes a quote within a string, so only the key itself ma
 }
 
 [ ! -r "$asset_tag" ] || grep -qx 7783-7084-3265-9085-8269-3286-77 "$asset_tag" ||
-    { log "Not on Azure: nothing to do" && exit; }
+    { log "Not on Azure: nothing to do"; exit 0; }
 retry "${READY_LIMIT:-1200}" report_ready
 log "Ready: container $container, instance $instance, $reason"
 retry "${NAME_LIMIT:-300}" fetch_name
@@ -57,4 +57,4 @@ case .$name. in # with a dot at both ends, each label stands between two dots
 [ ${#name} -le 64 ] || fail "over 64 characters: $(log "$name" | printable)"
 hostnamectl set-hostname "$name" ||
     { hostname "$name" && log "$name" >"${HOSTNAME_FILE:-/etc/hostname}"; } || fail "$name not stored"
-sync && log "Provisioned as $name" && systemctl disable --no-reload azure-ready.service
+sync; log "Provisioned as $name"; systemctl disable --no-reload azure-ready.service
