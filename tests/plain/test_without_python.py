@@ -13,7 +13,7 @@ RECIPE = str(ROOT / "tests/recipes/without-python/azure-ready.sh")
 TOOLS = ("curl", "sh", "cat", "cut", "grep", "head", "sed", "sleep", "tail", "tr")
 NAMED = "hostnamectl set-hostname web-prod-01"
 DONE = ["sync", "systemctl disable --no-reload azure-ready.service"]
-CUT = Raw(OK_LINE + b"Content-Length: 500\r\n\r\nweb")
+CUT = Raw(OK_LINE + b'Content-Length: 500\r\n\r\n{"computerName": "web"}')
 BAD_NAMES = '-|.|-web|web-|a..b|.a|a.|a.-b|a-.b|myset_0|w b|w\xe9b|$(id)|a;id|a\\b|a"b|a\nb|a\0b|'
 BAD_NAMES += "a" * 65 + "|" + "a" * 100000
 
@@ -56,7 +56,7 @@ class WithoutPythonTest(ScriptTest):
             self.assertIn("retrying", process.stdout.readline())
             unused.close()
             with FakeAzure(wireserver=(host, port)) as late:
-                late.incarnation = "7"
+                late.incarnation, self.azure.partial = "7", True
                 late.script("goalstate", goal_states)
                 late.script("health", refusals)
                 self.finish(process, 0)
@@ -80,7 +80,7 @@ class WithoutPythonTest(ScriptTest):
             self.finish(self.start(machine, HOSTNAME_FILE="/"), 1)
             self.assertEqual(machine.calls, [NAMED, "hostname web-prod-01"])
             self.azure.script("health", [CUT])  # its status is the answer
-            self.finish(self.start(machine), 0)
+            self.finish(self.start(machine, READY_LIMIT="0"), 0)
             self.assertEqual(machine.calls[2:], [NAMED, "hostname web-prod-01", *DONE])
             self.assertEqual(machine.hostname_file.read_text(), "web-prod-01\n")
             self.azure.script("goalstate", [Status(503)])
