@@ -172,6 +172,13 @@ class ScriptTest(unittest.TestCase):
         fakes = {WIRESERVER: self.azure.wireserver, IMDS: self.azure.imds}
         return HTTPConnection(fakes.get(host, host), timeout=timeout)
 
+    def unused_port(self) -> socket.socket:
+        """A socket that does not listen yet: connections to its address are refused."""
+        unused = socket.socket()
+        self.addCleanup(unused.close)
+        unused.bind(("127.0.0.1", 0))
+        return unused
+
     def provision(
         self,
         *arguments: str,
