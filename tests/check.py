@@ -77,9 +77,9 @@ def programs(image: ImageFiles, python: str, script: str) -> Iterator[str]:
     elif version:
         places = [f"{prefix}/{lib}/python{version.group()}" for lib in ("lib", "lib64")]
         library = next((place for place in places if image.stat(f"{place}/os.py")), None)
-        for module in MODULES:
-            if library and not image.stat(f"{library}/{module}"):
-                yield f"{library}/{module}: missing, {fails}: install all Python"
+        for file in (f"{library}/{module}" for module in MODULES if library):
+            if not image.stat(file):
+                yield f"{file}: missing, {fails}: install python3 with its whole library"
     for path in (script, python):
         for hidden in HIDDEN:
             if f"{image.resolve(path)}/".startswith(f"{image.resolve(hidden)}/"):

@@ -152,7 +152,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, {DROP_IN: "[Unit]\nConditionPathExists=/no\n"}, "changes the unit"),
     (NETWORKD, RESCUE, "does not start multi-user.target"),
     (NETWORKD, {"usr/bin/python3.9": ""}, f"no such program, {READY}", "usr/bin/python3"),
-    (NETWORKD, {HTTP: ""}, f"missing, {READY}: install all Python"),
+    (NETWORKD, {HTTP: ""}, f"missing, {READY}: install python3 with"),
     (NETWORKD, {"usr/local": "-> ../home/me", **HOME}, "sandbox hides /home", SCRIPT_PATH),
     (NETWORKD, match("Driver=virtio_net"), "is for virtio_net"),
     (NETWORKD, match("PermanentMACAddress=0022.48aa.bbcc"), "is for PermanentMACAddress="),
