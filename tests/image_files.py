@@ -7,9 +7,8 @@ import os
 import re
 import shlex
 import stat
-from collections import deque
 from fnmatch import fnmatchcase
-from typing import Any, Deque, Dict, List, Optional, Set, Tuple
+from typing import Dict, List, Optional, Set, Tuple
 
 MAX_FILE = 4 << 20  # bytes; the largest are lists of modules
 MAX_FILES = 9999
@@ -26,7 +25,7 @@ COMMAND_LINE = (
     r"(?mi)^[ \t]*(?:linux\w*[ \t]+\S+|options|append|(?:set )?kernelopts="
     r"|GRUB_CMDLINE_LINUX\w*=)(.*)"
 )
-YAML_TOKEN = r"\"[^\"]*\"|'[^']*'|[{}\[\],]|:(?=\s|$)|(?:[^\s{}\[\],:]|:(?!\s|$))+"
+YAML_TOKEN = r"(\"[^\"]*\"|'[^']*'|[{}]|(?:[^\s{}\[\],:]|:(?!\s|$))+)(\s*:(?=\s|$))?"
 Settings = Dict[str, List[str]]
 
 
@@ -66,54 +65,21 @@ def variables(text: str) -> Dict[str, str]:
     return found
 
 
-def yaml(text: str) -> Any:
-    """Netplan's subset of YAML: blocks get the brackets that flows have, and are then read."""
-    tokens: Deque[str] = deque()
-    levels: List[Tuple[int, str]] = [(-1, "")]  # indentation, and the bracket that ends it
-
-    def begin(indentation: int, brackets: str) -> None:
-        while levels[-1][0] > indentation:
-            tokens.append(levels.pop()[1])
-        if levels[-1][0] < indentation:
-            levels.append((indentation, brackets[1]))
-            tokens.append(brackets[0])
-
-    depth = 0
+def yaml(text: str) -> Settings:
+    """The values of each "key/key/key" in netplan's subset of YAML, in blocks or in braces."""
+    found: Settings = {}
+    keys: List[Tuple[int, str]] = []  # those around what is read, each with its depth
+    braces = 0
     for line in text.split("\n"):
-        body = re.sub(r"(^|\s)#.*", "", line).rstrip()
-        indentation = 2 * (len(body) - len(body.lstrip()))
-        body = body.strip()
-        if not depth and body not in ("", "---"):
-            while re.match(r"-(\s|$)", body):
-                begin(indentation + 1, "[]")  # deeper than its key, which may be indented as much
-                indentation += 2 * (len(body) - len(body[1:].lstrip()))
-                body = body[1:].lstrip()
-            if re.match(r"[^{\[]+?:(\s|$)", body):
-                begin(indentation, "{}")
-        found = re.findall(YAML_TOKEN, body)
-        depth += sum((token in "{[") - (token in "}]") for token in found)
-        tokens.extend(found)
-    begin(-1, "")
-
-    def value() -> Any:
-        token = tokens.popleft()
-        mapping: Dict[str, Any] = {}
-        items: List[Any] = []
-        while token == "[" and tokens[0] != "]":
-            items += [value()] if tokens[0] != "," else tokens.popleft()[1:]
-        while token == "{" and tokens[0] != "}":
-            key = tokens.popleft().strip("\"'")
-            if tokens[0] == ":":
-                tokens.popleft()
-                mapping[key] = value() if tokens[0] not in "}," else ""
-        if token in "{[":
-            tokens.popleft()
-        return mapping if token == "{" else items if token == "[" else token.strip("\"'")
-
-    try:
-        return value()
-    except (IndexError, RecursionError):
-        return {}
+        for token in re.finditer(YAML_TOKEN, re.sub(r"(^|\s)#.*", "", line)):
+            word = token.group(1).strip("\"'")
+            braces += (word == "{") - (word == "}")
+            if token.group(2):  # a key ends those that are as deep
+                depth = 1000 * braces or token.start()
+                keys = [*(key for key in keys if key[0] < depth), (depth, word)][:9]
+            values = found.setdefault("/".join(key for _, key in keys), [])
+            values += [] if token.group(2) or word in "{}-" else [word]
+    return found
 
 
 class ImageFiles:

@@ -12,7 +12,6 @@ NO = ("no", "n", "false", "f", "off", "0")
 NETWORKD, MANAGER = "systemd-networkd.service", "NetworkManager.service"
 MANAGER_CONF = "/etc/NetworkManager/NetworkManager.conf"
 ETH0 = ("eth0", "hv_netvsc")  # the name and driver of Azure's interface
-VMBUS = ("acpi-VMBUS:01", "acpi-MSFT1000:00")  # what udev calls its path
 
 
 class Config(NamedTuple):
@@ -43,10 +42,6 @@ def hostname(suppressed: Any, name: Any) -> str:
     return f"always sends the name {name}" if name else ""
 
 
-def mapping(value: Any) -> Dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def networkd(image: ImageFiles) -> Iterator[Config]:
     """systemd.network(5): the first file that matches a device is used."""
     taken = False
@@ -57,13 +52,8 @@ def networkd(image: ImageFiles) -> Iterator[Config]:
         wired = matches(words(found, "Match.Type"), "ether") and not other
         if not wired or last(found, "Match.Virtualization") not in ("", "vm", "microsoft", *YES):
             continue  # for wireless networks, tunnels, containers
-        never = [
-            f"{name}={value}"
-            for name in ("MACAddress", "PermanentMACAddress", "Path", "Property")
-            for value in found.get(f"Match.{name}", ())
-            if not (name == "Path" and any(matches(value.split(), path) for path in VMBUS))
-            and not (name == "Property" and "hv_netvsc" in value)
-        ]
+        bound = ("MACAddress", "PermanentMACAddress", "Path")
+        never = [f"{name}={v}" for name in bound for v in found.get(f"Match.{name}", ())]
         sent = [last(found, f"DHCP.{n}", f"DHCPv4.{n}") for n in ("SendHostname", "Hostname")]
         dhcp = last(found, "Network.DHCP") in (*YES, "both", "ipv4", "v4")
         off = image.off(NETWORKD) if dhcp else "has no DHCP=yes"
@@ -74,39 +64,37 @@ def networkd(image: ImageFiles) -> Iterator[Config]:
         taken = taken or config.fits(ETH0)
 
 
-def netplan_files(image: ImageFiles) -> Tuple[Dict[str, Any], Dict[str, Tuple[str, Any]]]:
-    """The global settings; and of each interface its last file, and what all files say of it."""
-    network: Dict[str, Any] = {}
-    interfaces: Dict[str, Tuple[str, Any]] = {}
+def netplan_files(image: ImageFiles) -> Tuple[Settings, Dict[str, str]]:
+    """What all files say, as of the last that says it; and the last file of each interface."""
+    found: Settings = {}
+    files: Dict[str, str] = {}
     for file in image.layered("netplan/*.yaml"):
-        found = mapping(mapping(yaml(image.read(file))).get("network"))
-        network.update(found)
-        for name, definition in mapping(found.get("ethernets")).items():
-            earlier = interfaces.get(name, ("", {}))[1]
-            interfaces[name] = (file, {**earlier, **mapping(definition)})
-    return network, interfaces
+        more = yaml(image.read(file))
+        found.update(more)
+        names = (key.split("/")[2:3] for key in more if key.startswith("network/ethernets/"))
+        files.update((name, file) for (name,) in names)
+    return found, files
 
 
 def netplan(image: ImageFiles) -> Iterator[Config]:
     """Its generator starts systemd-networkd, unless that is masked."""
-    network, interfaces = netplan_files(image)
+    found, files = netplan_files(image)
     generator = image.layered("systemd/system-generators/netplan")
-    for name, (file, found) in interfaces.items():
-        renderer = found.get("renderer", network.get("renderer"))
+    for name, file in files.items():
+        key = f"network/ethernets/{name}"
+        renderer = last(found, "network/renderer", f"{key}/renderer")
         service = MANAGER if renderer == "NetworkManager" else NETWORKD
         off = image.off(service)
         if not generator:
             off = "netplan is not installed"
         elif service == NETWORKD and not off.endswith("masked"):
             off = ""
-        off = off if found.get("dhcp4") in YES else "has no dhcp4: true"
-        match, overrides = mapping(found.get("match")), mapping(found.get("dhcp4-overrides"))
-        names = [str(match["name"])] if "name" in match else [] if "match" in found else [name]
-        drivers = match.get("driver", [])
-        drivers = drivers if isinstance(drivers, list) else [drivers]
-        never = f"macaddress: {match['macaddress']}" if "macaddress" in match else ""
-        sent = hostname(overrides.get("send-hostname"), overrides.get("hostname"))
-        yield Config(file, names, drivers, never, off, sent, service)
+        off = off if last(found, f"{key}/dhcp4") in YES else "has no dhcp4: true"
+        names = words(found, f"{key}/match/name") if f"{key}/match" in found else [name]
+        mac, drivers = last(found, f"{key}/match/macaddress"), words(found, f"{key}/match/driver")
+        sent = [last(found, f"{key}/dhcp4-overrides/{n}") for n in ("send-hostname", "hostname")]
+        never = f"macaddress: {mac}" if mac else ""
+        yield Config(file, names, drivers, never, off, hostname(*sent), service)
 
 
 def manager_lists(devices: str, device: Tuple[str, str]) -> bool:
@@ -115,7 +103,7 @@ def manager_lists(devices: str, device: Tuple[str, str]) -> bool:
     for part in re.split(r"[,;\s]+", devices):
         kind, _, value = re.sub(r"^except:|=", "", part).rpartition(":")
         property = {"type": "ethernet", "driver": device[1], "": device[0]}.get(kind, device[0])
-        if kind != "mac" and fnmatchcase(property, value):
+        if fnmatchcase(property, value):
             if part.startswith("except:"):
                 return False
             found = True
@@ -123,17 +111,15 @@ def manager_lists(devices: str, device: Tuple[str, str]) -> bool:
 
 
 def manager_conf(image: ImageFiles) -> Settings:
-    """All of NetworkManager.conf(5), in order."""
-    files = image.layered("NetworkManager/conf.d/*.conf")
-    packaged = [file for file in files if not file.startswith("/etc/")]
-    own = [file for file in files if file.startswith("/etc/")]
-    return settings("\n".join(map(image.read, [*packaged, MANAGER_CONF, *own])))
+    """All of NetworkManager.conf(5)."""
+    files = [MANAGER_CONF, *image.layered("NetworkManager/conf.d/*.conf")]
+    return settings("\n".join(map(image.read, files)))
 
 
 def unmanaged_by_manager(image: ImageFiles, device: Tuple[str, str]) -> bool:
     """Whether NetworkManager leaves a device alone; netplan overrides that for all."""
     listed = manager_lists(last(manager_conf(image), "keyfile.unmanaged-devices"), device)
-    return listed and netplan_files(image)[0].get("renderer") != "NetworkManager"
+    return listed and last(netplan_files(image)[0], "network/renderer") != "NetworkManager"
 
 
 def network_manager(image: ImageFiles) -> Iterator[Config]:
@@ -149,13 +135,12 @@ def network_manager(image: ImageFiles) -> Iterator[Config]:
         why = "" if last(found, "ipv4.method") in ("auto", "") else "has no method=auto for IPv4"
         if last(found, "connection.autoconnect") in NO:
             why = "has autoconnect=false"
-        never = [f"path={path}" for path in words(found, "match.path") if "pci" in path]
         mac = last(found, "ethernet.mac-address", "802-3-ethernet.mac-address")
-        never += [f"mac-address={mac}"] if mac else []
+        never = f"mac-address={mac}" if mac else ""
         names = words(found, "connection.interface-name") or words(found, "match.interface-name")
         sent = hostname(last(found, "ipv4.dhcp-send-hostname"), last(found, "ipv4.dhcp-hostname"))
         drivers = words(found, "match.driver")
-        config = Config(file, names, drivers, " ".join(never), off or why, sent, MANAGER)
+        config = Config(file, names, drivers, never, off or why, sent, MANAGER)
         profile = profile or (config.fits(ETH0) and "autoconnect" not in why)
         yield config
     if not profile and image.unit_file(MANAGER):
@@ -228,27 +213,14 @@ def ifupdown(image: ImageFiles) -> Iterator[Config]:
     started: Dict[str, str] = {}  # a name or pattern of interfaces: why its class is not started
     for _, (keyword, *names) in lines:
         if keyword in ("auto", "allow-auto", "allow-hotplug"):
-            for name in names:
-                off = "" if keyword == "allow-hotplug" else image.off("networking.service")
-                started.setdefault(name, off)
-    for number, (file, stanza) in enumerate(lines):
-        if stanza[0] != "iface" or stanza[2:4] != ["inet", "dhcp"]:
-            continue
-        name = stanza[1]
-        physical, off = name, f"nothing starts {name}: add allow-hotplug {name}"
-        for pattern, class_off in started.items():
-            interface, _, logical = pattern.partition("=")
-            if name in (interface, logical) or fnmatchcase(name, interface.lstrip("/")):
-                physical = interface if logical == name else name
-                off = class_off
-        option = ""
-        for _, (keyword, *values) in lines[number + 1 :]:
-            if keyword in ("iface", "auto", "mapping") or keyword.startswith("allow-"):
-                break
-            option = " ".join(values) if keyword == "hostname" else option
-        off = off if clients else "no DHCP client is installed: isc-dhcp-client, dhcpcd-base"
-        never = physical if re.match("/?mac/", physical) else ""
-        yield Config(file, [physical.lstrip("/")], (), never, off, hostname("", option) or sent)
+            off = "" if keyword == "allow-hotplug" else image.off("networking.service")
+            started.update((name.lstrip("/"), off) for name in names)
+    for file, stanza in lines:
+        if stanza[0] == "iface" and stanza[2:4] == ["inet", "dhcp"]:
+            off = f"nothing starts {stanza[1]}: add allow-hotplug {stanza[1]}"
+            off = next((o for name, o in started.items() if fnmatchcase(stanza[1], name)), off)
+            off = off if clients else "no DHCP client is installed: isc-dhcp-client, dhcpcd-base"
+            yield Config(file, [stanza[1]], off=off, hostname=sent)
     # Debian's cloud images make a stanza for each interface that comes.
     for rules in image.layered("udev/rules.d/*.rules"):
         if clients and re.search(r"ifup@|cloud-ifupdown-helper", image.text_of(rules)):
@@ -257,14 +229,11 @@ def ifupdown(image: ImageFiles) -> Iterator[Config]:
 
 def other_clients(image: ImageFiles) -> Iterator[Config]:
     """Units that run a DHCP client: dhcpcd.service, dhclient@eth0.service, connman.service."""
-    allowed = re.findall(r"(?m)^[ \t]*allowinterfaces\s+(\S+)", image.read("/etc/dhcpcd.conf"))
     for unit, found in image.started.items():
         command = last(found, "Service.ExecStart")
         client = re.search(r"\b(dhcpcd|dhclient|udhcpc|connmand)\b", command)
         if client:
-            names = re.findall(r"@(.+)\.service$", unit) or (
-                allowed if client.group() == "dhcpcd" else []
-            )
+            names = re.findall(r"@(.+)\.service$", unit)
             yield Config(image.unit_file(unit), names, hostname=sent_by(image, client.group()))
 
 
