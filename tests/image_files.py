@@ -3,12 +3,12 @@
 Only regular files are read, nothing is run, and no link leads out of the tree.
 """
 
+import contextlib
 import os
 import re
-import shlex
 import stat
 from fnmatch import fnmatchcase
-from typing import Dict, List, Optional, Set, Tuple
+from typing import Dict, Iterator, List, Optional, Set, Tuple
 
 MAX_FILE = 4 << 20  # bytes; the largest are lists of modules
 MAX_FILES = 9999
@@ -54,15 +54,8 @@ def last(found: Settings, *names: str) -> str:
 
 
 def variables(text: str) -> Dict[str, str]:
-    """The variables of a file of shell assignments."""
-    found = {}
-    for line in text.split("\n"):
-        try:
-            name, _, value = "".join(shlex.split(line, comments=True)[:1]).partition("=")
-        except ValueError:  # a quote that is not closed
-            continue
-        found[name] = value
-    return found
+    """The variables of a file of shell assignments; none that matters here has a space."""
+    return dict(re.findall(r"(?m)^[ \t]*([\w.]+)=[\"']?([^\s\"']*)", text))
 
 
 def yaml(text: str) -> Settings:
@@ -93,15 +86,12 @@ class ImageFiles:
         machine_id = self.read("/etc/machine-id").strip()
         self.first_boot = machine_id == "uninitialized" or not self.exists("/etc/machine-id")
         for patterns in BOOT_LOADERS:
-            self.boot_loaders = [
-                file for pattern in patterns.split() for file in self.list(pattern)
-            ]
-            lines = [(f, line) for f in self.boot_loaders for line in self.command_lines(f)]
+            lines = self.command_lines(patterns.split())
             if lines:
                 break
         self.boot_loaders = [file for file, _ in lines]
         self.command_line = " ".join(line for _, line in lines).split()
-        rights = [w for w in (lines[0][1] if lines else "").split() if w in ("ro", "rw")]
+        rights = [w for w in "".join(line for _, line in lines[:1]).split() if w in ("ro", "rw")]
         self.by_preset = self.start(presets=self.first_boot)
         read_only = rights[-1:] == ["ro"]
         self.started = self.start(presets=False) if read_only else self.by_preset
@@ -128,16 +118,22 @@ class ImageFiles:
                 done = here
         return done or "/"
 
+    @contextlib.contextmanager
+    def reading(self, path: str) -> Iterator[None]:
+        """Note PATH if it is there and cannot be read."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:
+            self.unreadable.add(path)
+
     def stat(self, path: str, follow: bool = True) -> int:
-        """The mode of a file, 0 if there is none; notes a directory that cannot be read."""
+        """The mode of a file, 0 if there is none."""
         directory, name = os.path.split(path)
         here = self.resolve(path) if follow else f"{self.resolve(directory)}/{name}"
-        try:
+        with self.reading(path):
             return os.lstat(self.root + here).st_mode
-        except PermissionError:
-            self.unreadable.add(path)
-        except OSError:
-            pass
         return 0
 
     def exists(self, path: str) -> bool:
@@ -146,15 +142,11 @@ class ImageFiles:
 
     def read(self, path: str) -> str:
         """The text of a regular file; nothing of anything else: a FIFO would hang."""
-        if not stat.S_ISREG(self.stat(path)):
-            return ""
-        try:
-            with open(self.root + self.resolve(path), "rb") as file:
-                text = file.read(MAX_FILE).decode("utf-8-sig", "replace")
-        except OSError:
-            self.unreadable.add(path)
-            return ""
-        return text.replace("\0", "")
+        with self.reading(path):
+            if stat.S_ISREG(self.stat(path)):
+                with open(self.root + self.resolve(path), "rb") as file:
+                    return file.read(MAX_FILE).decode("utf-8-sig", "replace").replace("\0", "")
+        return ""
 
     def list(self, pattern: str) -> List[str]:
         """The paths that match PATTERN, sorted."""
@@ -167,13 +159,8 @@ class ImageFiles:
 
     def names(self, directory: str) -> List[str]:
         """The names in a directory that are not hidden, sorted."""
-        try:
+        with self.reading(directory):
             names = os.listdir(self.root + self.resolve(directory))
-        except PermissionError:
-            self.unreadable.add(directory)
-        except OSError:
-            pass
-        else:
             return sorted(name for name in names if name[0] != ".")
         return []
 
@@ -193,10 +180,14 @@ class ImageFiles:
         """The text of all configuration that matches, without comments."""
         return "\n".join(map(self.text_of, self.layered(pattern)))
 
-    def command_lines(self, file: str) -> List[str]:
-        text = self.read(file).replace('"', " ").replace("'", " ")
-        lines: List[str] = [text] if file.endswith("/cmdline") else re.findall(COMMAND_LINE, text)
-        return [line for line in lines if line.strip()]
+    def command_lines(self, patterns: List[str]) -> List[Tuple[str, str]]:
+        """The kernel's command lines, each with the file that it is in."""
+        found = []
+        for file in (file for pattern in patterns for file in self.list(pattern)):
+            text = self.read(file).replace('"', " ").replace("'", " ")
+            lines = [text] if file.endswith("/cmdline") else re.findall(COMMAND_LINE, text)
+            found += [(file, line) for line in lines if line.strip()]
+        return found
 
     def unit_file(self, name: str) -> str:
         """The file that systemd reads for a unit, or for the template that it is made from."""
@@ -255,7 +246,6 @@ class ImageFiles:
 
     def programs(self, unit: Settings) -> str:
         """What a unit runs: its commands, and the scripts that they name."""
-        commands = (values for name, values in unit.items() if "Service.ExecStart" in name)
-        text = "\n".join(command for values in commands for command in values)
+        text = "\n".join(c for name in unit if "Service.ExecStart" in name for c in unit[name])
         scripts = map(self.read, re.findall(r"(?:/[\w.+-]+)+", text))
         return "\n".join([text, *(script for script in scripts if script.startswith("#!"))])
