@@ -3,7 +3,7 @@
 import os
 import re
 from fnmatch import fnmatchcase
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from tests.image_files import ImageFiles, Settings, last, settings, variables, words, yaml
 
@@ -35,7 +35,7 @@ def matches(patterns: Sequence[str], value: str) -> bool:
     return not patterns or found != patterns[0].startswith("!")
 
 
-def hostname(suppressed: Any, name: Any) -> str:
+def hostname(suppressed: Optional[str], name: Optional[str]) -> str:
     """What two settings do to the name that is sent."""
     if suppressed in NO:
         return "sends no name"
@@ -48,10 +48,9 @@ def networkd(image: ImageFiles) -> Iterator[Config]:
     for file in image.layered("systemd/network/*.network"):
         drop_ins = image.text(f"systemd/network/{os.path.basename(file)}.d/*.conf")
         found = settings(f"{image.read(file)}\n{drop_ins}")
-        other = [kind for kind in words(found, "Match.Kind") if kind[0] != "!"]
-        wired = matches(words(found, "Match.Type"), "ether") and not other
-        if not wired or last(found, "Match.Virtualization") not in ("", "vm", "microsoft", *YES):
-            continue  # for wireless networks, tunnels, containers
+        wired = matches(words(found, "Match.Type"), "ether")
+        if not wired or last(found, "Match.Virtualization") == "container":
+            continue
         bound = ("MACAddress", "PermanentMACAddress", "Path")
         never = [f"{name}={v}" for name in bound for v in found.get(f"Match.{name}", ())]
         sent = [last(found, f"DHCP.{n}", f"DHCPv4.{n}") for n in ("SendHostname", "Hostname")]
@@ -99,15 +98,10 @@ def netplan(image: ImageFiles) -> Iterator[Config]:
 
 def manager_lists(devices: str, device: Tuple[str, str]) -> bool:
     """Whether a list of devices has one: NetworkManager.conf(5), "Device List Format"."""
-    found = False
-    for part in re.split(r"[,;\s]+", devices):
-        kind, _, value = re.sub(r"^except:|=", "", part).rpartition(":")
-        property = {"type": "ethernet", "driver": device[1], "": device[0]}.get(kind, device[0])
-        if fnmatchcase(property, value):
-            if part.startswith("except:"):
-                return False
-            found = True
-    return found
+    own = ("type:ethernet", f"driver:{device[1]}", f"interface-name:{device[0]}", device[0])
+    parts = re.split(r"[,;\s]+", devices.replace("=", ""))
+    fitting = [p for p in parts if any(fnmatchcase(o, re.sub("^except:", "", p)) for o in own)]
+    return bool(fitting) and not any(part.startswith("except:") for part in fitting)
 
 
 def manager_conf(image: ImageFiles) -> Settings:
@@ -137,7 +131,7 @@ def network_manager(image: ImageFiles) -> Iterator[Config]:
             why = "has autoconnect=false"
         mac = last(found, "ethernet.mac-address", "802-3-ethernet.mac-address")
         never = f"mac-address={mac}" if mac else ""
-        names = words(found, "connection.interface-name") or words(found, "match.interface-name")
+        names = words(found, "connection.interface-name", "match.interface-name")
         sent = hostname(last(found, "ipv4.dhcp-send-hostname"), last(found, "ipv4.dhcp-hostname"))
         drivers = words(found, "match.driver")
         config = Config(file, names, drivers, never, off or why, sent, MANAGER)
@@ -146,13 +140,12 @@ def network_manager(image: ImageFiles) -> Iterator[Config]:
     if not profile and image.unit_file(MANAGER):
         if manager_lists(last(conf, "main.no-auto-default"), ETH0):
             off = off or "has no-auto-default, and there is no profile for eth0"
-        sent = hostname(last(conf, "connection.ipv4.dhcp-send-hostname"), "")
-        yield Config(MANAGER_CONF, off=off, hostname=sent, service=MANAGER)
+        yield Config(MANAGER_CONF, off=off, service=MANAGER)
 
 
 def ifcfg(image: ImageFiles) -> Iterator[Config]:
     """RHEL's files, for NetworkManager or the init script of RHEL 7, and those of SUSE's wicked."""
-    script = image.list("etc/rc3.d/S*network") or image.list("etc/rc.d/rc3.d/S*network")
+    script = image.list("etc/rc.d/rc3.d/S*network")
     for file in image.list("etc/sysconfig/network*/ifcfg-*"):
         suse = file.startswith("/etc/sysconfig/network/")
         found = variables(image.read(file))
@@ -169,47 +162,45 @@ def ifcfg(image: ImageFiles) -> Iterator[Config]:
         yield Config(file, [device] if device else [], (), never, off, sent, service)
 
 
-def interface_lines(image: ImageFiles, file: str, seen: List[str]) -> List[Tuple[str, List[str]]]:
-    """Lines, those of sourced files too, with the file that each stands in: interfaces(5)."""
+def interface_lines(image: ImageFiles) -> List[Tuple[str, List[str]]]:
+    """The lines of interfaces(5) and of the files that it sources, each with its file."""
     lines: List[Tuple[str, List[str]]] = []
-    if file not in seen:
-        seen.append(file)
-        for line in map(str.split, image.text_of(file).split("\n")):
-            if line[:1] in (["source"], ["source-directory"]):
-                for included in image.list(line[-1] + ("/*" if "-" in line[0] else "")):
-                    lines += interface_lines(image, included, seen)
-            elif line:
-                lines.append((file, line))
+    files = ["/etc/network/interfaces"]
+    for file in files:
+        for line in filter(None, map(str.split, image.text_of(file).split("\n"))):
+            lines.append((file, line))
+            if line[0] in ("source", "source-directory"):
+                sourced = image.list(line[-1] + ("/*" if "-" in line[0] else ""))
+                files.extend(other for other in sourced if other not in files)
     return lines
 
 
 def sent_by(image: ImageFiles, client: str) -> str:
     """What is wrong with the name that a client's own configuration has it send."""
     if client == "dhclient":
-        conf = image.read("/etc/dhcp/dhclient.conf") or image.read("/etc/dhclient.conf")
-        option, line = r"send\s+(?:host-name|fqdn\.fqdn)", "send host-name = gethostname();"
+        conf, line = image.read("/etc/dhcp/dhclient.conf"), "send host-name = gethostname();"
+        found = re.search(r"(?m)^[ \t]*send\s+(?:host-name|fqdn\.fqdn)[\s=]*([^\s;]*)", conf)
     else:
-        conf, option, line = image.read("/etc/dhcpcd.conf"), "hostname", "hostname"
-    found = re.search(rf'(?m)^[ \t]*{option}\b[ \t=]*("?)([^\s";]*)', conf)
-    if client not in ("dhclient", "dhcpcd") or (found and "gethostname" in found.group(2)):
+        conf, line = image.read("/etc/dhcpcd.conf"), "hostname"
+        found = re.search(r"(?m)^[ \t]*hostname\b[ \t]*(\S*)", conf)
+    if client not in ("dhclient", "dhcpcd") or (found and "gethostname" in found.group(1)):
         return ""
     if not found:
         return f"sends no name (there is no `{line}` in {client}.conf)"
-    return hostname("", found.group(2))
+    return hostname("", found.group(1).strip('"'))
 
 
 def ifupdown(image: ImageFiles) -> Iterator[Config]:
     """Debian's stanzas, started by networking.service, or by a udev rule (allow-hotplug)."""
     if not (image.stat("/usr/sbin/ifup") or image.stat("/sbin/ifup")):
         return
-    places = ("/usr/sbin", "/sbin", "/usr/bin")
     clients = [
-        client
-        for client in ("dhclient", "udhcpc", "dhcpcd")  # ifupdown takes the first
-        if any(image.stat(f"{place}/{client}") for place in places)
+        client  # ifupdown takes the first
+        for client in ("dhclient", "udhcpc", "dhcpcd")
+        if image.list(f"*bin/{client}") + image.list(f"usr/*bin/{client}")
     ]
     sent = sent_by(image, clients[0]) if clients else ""
-    lines = interface_lines(image, "/etc/network/interfaces", [])
+    lines = interface_lines(image)
     started: Dict[str, str] = {}  # a name or pattern of interfaces: why its class is not started
     for _, (keyword, *names) in lines:
         if keyword in ("auto", "allow-auto", "allow-hotplug"):
