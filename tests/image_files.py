@@ -238,7 +238,8 @@ class ImageFiles:
         """Why systemd does not start a unit; empty if it does."""
         if unit in self.started:
             return ""
-        if self.exists(self.unit_file(unit)) and not self.read(self.unit_file(unit)):
+        file = self.unit_file(unit)
+        if file and not self.read(file):
             return f"{unit} is masked"
         if unit in self.by_preset:
             return f"only a preset enables {unit}, which a root that is mounted `ro` never applies"

@@ -10,15 +10,15 @@ from typing import Dict, Iterator, List, NamedTuple
 
 from azure_provision import UNIT
 from tests.boot.container import DBUS, image
-from tests.boot.host import attempt, command, missing, new_directory, remove_tree, skip_if
+from tests.boot.host import command, missing, new_directory, remove_tree, skip_if
 from tests.check import problems
-from tests.plain.harness import INSTALLER, ROOT
+from tests.plain.harness import INSTALLER
 
 
 class Case(NamedTuple):
-    """An image with these other packages that SOUND makes sound, in shell.
+    """A variant of image with these other packages, and what makes it sound, in shell.
 
-    BROKEN has for the only problem of each broken tree what breaks it, in shell.
+    BROKEN has what breaks it, in shell, by the only problem that there is then.
     """
 
     variant: str
@@ -220,11 +220,3 @@ class TreesTest(unittest.TestCase):
                     command("sh", "-ec", breaks, cwd=root)
                     (problem,) = problems(str(root))
                     self.assertIn(says, problem)
-
-    def test_a_user_who_cannot_read_a_profile_is_told(self) -> None:
-        with self.tree(CASES["NetworkManager"]) as root:
-            command("sh", "-ec", f"{ONLY_PROFILE} ethernet; chmod 600 {PROFILE}", cwd=root)
-            nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-            done = attempt(*nobody, "/usr/bin/python3", "-B", "-m", "tests.check", root, cwd=ROOT)
-        self.assertEqual(done.returncode, 1)
-        self.assertIn(f"/{PROFILE}: cannot be read, so it was not checked: run it", done.stdout)
