@@ -6,7 +6,7 @@
 import contextlib
 import unittest
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple
+from typing import Dict, Iterator, NamedTuple
 
 from azure_provision import UNIT
 from tests.boot.container import DBUS, image
@@ -16,32 +16,26 @@ from tests.plain.harness import INSTALLER
 
 
 class Case(NamedTuple):
-    """A variant of image with these other packages, and what makes it sound, in shell.
+    """The packages of an image, of which the first is its variant, and what makes it sound.
 
     BROKEN has what breaks it, in shell, by the only problem that there is then.
     """
 
-    variant: str
-    others: List[str]
+    packages: str
     sound: str
     broken: Dict[str, str]
     suite: str = "bookworm"
 
 
 NETWORK, SYSLINUX = "etc/systemd/network/80-dhcp.network", "boot/syslinux/syslinux.cfg"
-NETPLAN = "etc/netplan/80-dhcp.yaml"
-INTERFACES = "etc/network/interfaces"
+NETPLAN, INTERFACES = "etc/netplan/80-dhcp.yaml", "etc/network/interfaces"
 PROFILE = "etc/NetworkManager/system-connections/a.nmconnection"
-RULES = "etc/udev/rules.d/10-azure-unmanaged-sriov.rules"
+RULES, SSH = "etc/udev/rules.d/10-azure.rules", "etc/systemd/system/ssh.service.d"
 MAC = "00:22:48:12:34:56"
 DISABLE, MASK = "systemctl --root=. disable", "systemctl --root=. mask"
 BY_DRIVER = f"""
-echo '{{network: {{version: 2, ethernets: {{any: {{' \\
-    'match: {{driver: [hv_netvsc, virtio_net]}}, dhcp4: true}}}}}}}}' >{NETPLAN}
-"""
-UNMANAGED = f"""
-echo 'SUBSYSTEM=="net", ACTION!="remove", DRIVERS=="mana|mlx4_core|mlx5_core",' \\
-    'ATTR{{flags}}=="0x?[89ABCDEF]??", ENV{{NM_UNMANAGED}}="1"' >{RULES}
+printf 'network:\\n  ethernets:\\n    any:\\n      dhcp4: true\\n      match:\\n' >{NETPLAN}
+echo '        driver: [hv_netvsc, virtio_net]' >>{NETPLAN}
 """
 ONLY_PROFILE = f"""
 printf '[main]\\nno-auto-default=*\\n' >etc/NetworkManager/conf.d/a.conf
@@ -56,10 +50,9 @@ def lose_driver(path: str) -> str:
     return f"rm lib/modules/*/kernel/drivers/{path}.ko && depmod --basedir . $(ls lib/modules)"
 
 
-CASES = {
-    "networkd": Case(
+CASES = [
+    Case(
         "plain",
-        [],
         f"""
         systemctl --root=. enable systemd-networkd
         printf '[Match]\\nDriver=hv_netvsc virtio_net\\n[Network]\\nDHCP=yes\\n' >{NETWORK}
@@ -82,31 +75,21 @@ CASES = {
             f"/{SYSLINUX}: systemd.hostname=a": f"sed -i s/$/\\ systemd.hostname=a/ {SYSLINUX}",
         },
     ),
-    "netplan, initramfs-tools, openssh": Case(
-        "netplan",
-        ["openssh-server", "linux-image-cloud-amd64"],
-        f"""
-        {BY_DRIVER}
-        mkdir etc/systemd/system/ssh.service.d
-        printf '[Service]\\nExecStartPre=\\nExecStartPre=/usr/bin/ssh-keygen -A\\n' \\
-            >etc/systemd/system/ssh.service.d/host-keys.conf
-        """,
+    Case(
+        "netplan openssh-server linux-image-cloud-amd64",
+        f"{BY_DRIVER} mkdir {SSH}; echo '[Service]\nExecStartPre=ssh-keygen -A' >{SSH}/a.conf",
         {
-            f"/{NETPLAN}: is for enp0s3": f"""
-                printf 'network:\\n  ethernets:\\n    enp0s3:\\n      dhcp4: true\\n' >{NETPLAN}""",
-            f"/{NETPLAN}: is for macaddress: {MAC}": f"""
-                printf 'network:\\n  ethernets:\\n    eth0:\\n      match:\\n' >{NETPLAN}
-                printf '        macaddress: {MAC}\\n      dhcp4: true\\n' >>{NETPLAN}""",
+            f"/{NETPLAN}: is for enp0s3": f"sed -i '/match/,$d; s/any:/enp0s3:/' {NETPLAN}",
+            f"is for macaddress: {MAC}": f"sed -i 's/driver.*/macaddress: {MAC}/' {NETPLAN}",
             "systemd-networkd.service is masked": f"{MASK} systemd-networkd",
-            "nobody can log in (nothing": "rm etc/systemd/system/ssh.service.d/host-keys.conf",
+            "nobody can log in (nothing": f"rm {SSH}/*",
             "/etc/ssh/ssh_host_ecdsa_key: would be shared": "chroot . /usr/bin/ssh-keygen -A",
             "no hv_storvsc": lose_driver("scsi/hv_storvsc"),
         },
     ),
-    "NetworkManager": Case(
+    Case(
         "network-manager",
-        [],
-        UNMANAGED,
+        f"""echo 'DRIVERS=="mana|mlx5_core", ENV{{NM_UNMANAGED}}="1"' >{RULES}""",
         {
             "NetworkManager.conf: is also for the second device": f"rm {RULES}",
             "there is no profile for eth0": f"{ONLY_PROFILE} wifi",
@@ -116,9 +99,8 @@ CASES = {
             "NetworkManager.service is not enabled": f"{DISABLE} NetworkManager",
         },
     ),
-    "ifupdown with dhclient": Case(
+    Case(
         "ifupdown",
-        [],
         stanza("eth0"),
         {
             f"/{INTERFACES}: is for ens3": stanza("ens3"),
@@ -128,30 +110,23 @@ CASES = {
             "no DHCP client is installed": "rm sbin/dhclient",
         },
     ),
-    "ifupdown in Debian's cloud image": Case(
+    Case(  # as Debian's cloud image
         "ifupdown",
-        [],
         f"""
         mkdir -p etc/udev/rules.d
         echo source-directory /run/network/interfaces.d >{INTERFACES}
-        echo 'SUBSYSTEM=="net", RUN+="/etc/network/cloud-ifupdown-helper"' \\
-            >etc/udev/rules.d/75-cloud-ifupdown.rules
+        echo 'RUN+="/etc/network/cloud-ifupdown-helper"' >etc/udev/rules.d/75-cloud-ifupdown.rules
         """,
         {"no DHCP client is enabled": "rm etc/udev/rules.d/75-*"},
     ),
-    "ifupdown with dhcpcd, openssh": Case(
-        "trees",
-        [*DBUS, "ifupdown", "dhcpcd-base", "openssh-server"],
+    Case(
+        "trees ifupdown dhcpcd-base openssh-server",
         f"{stanza('eth0', 'auto')}; echo uninitialized >etc/machine-id",
-        {
-            f"/{INTERFACES}: is for ens3": stanza("ens3", "auto"),
-            "only runs if /etc/machine-id says uninitialized": ": >etc/machine-id",
-        },
+        {"only runs if /etc/machine-id says uninitialized": ": >etc/machine-id"},
         "trixie",
     ),
-    "dhcpcd, dracut, GRUB": Case(
-        "trees",
-        [*DBUS, "dhcpcd5", "dracut", "grub-pc", "linux-image-cloud-amd64"],
+    Case(
+        "trees dhcpcd5 dracut grub-pc linux-image-cloud-amd64",
         """
         echo hostname >>etc/dhcpcd.conf
         sed -i '/^GRUB_CMDLINE_LINUX=/s/""/"console=ttyS0"/' etc/default/grub
@@ -163,16 +138,15 @@ CASES = {
             "no hv_netvsc": lose_driver("net/hyperv/hv_netvsc"),
         },
     ),
-    "agents": Case(
-        "netplan",
-        ["cloud-init", "waagent"],
+    Case(
+        "netplan cloud-init waagent",
         f"{BY_DRIVER} touch etc/cloud/cloud-init.disabled; {MASK} walinuxagent",
         {
             "/cloud-init-local.service: also reports": "rm etc/cloud/cloud-init.disabled",
             "systemctl mask walinuxagent.service": "rm etc/systemd/system/walinuxagent.service",
         },
     ),
-}
+]
 
 
 # What tests.check says of trees that tests.boot.rehearsals boots, by the name of what makes them.
@@ -199,7 +173,9 @@ class TreesTest(unittest.TestCase):
         directory = new_directory()
         for name in ("upper", "work", "root"):
             (directory / name).mkdir()
-        (directory / "image").symlink_to(image(case.variant, case.suite, case.others))
+        variant, *others = case.packages.split()
+        others = [*DBUS, *others] if variant == "trees" else others
+        (directory / "image").symlink_to(image(variant, case.suite, others))
         layers = "lowerdir=image,upperdir=upper,workdir=work"
         command("mount", "-t", "overlay", "-o", layers, "overlay", "root", cwd=directory)
         root = directory / "root"
@@ -212,11 +188,11 @@ class TreesTest(unittest.TestCase):
             remove_tree(directory)
 
     def test_sound_trees_get_no_line_and_each_fault_gets_one(self) -> None:
-        for name, case in CASES.items():
-            with self.subTest(name), self.tree(case) as root:
+        for case in CASES:
+            with self.subTest(case.packages), self.tree(case) as root:
                 self.assertEqual(problems(str(root)), [])
             for says, breaks in case.broken.items():
-                with self.subTest(name, breaks=breaks), self.tree(case) as root:
+                with self.subTest(case.packages, breaks=breaks), self.tree(case) as root:
                     command("sh", "-ec", breaks, cwd=root)
                     (problem,) = problems(str(root))
                     self.assertIn(says, problem)
