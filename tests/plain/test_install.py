@@ -25,16 +25,13 @@ INSTALLED = {
 GOOD_PYTHON = "#!/bin/sh\ncat >/dev/null; echo fit\n"
 # This one, which first does something else. Its directory, which may be hidden, does not count.
 REAL_PYTHON = f"""#!/bin/sh
-exec '{sys.executable}' "$1" "$2" "$3" -c 'import os, sys, types
+exec '{sys.executable}' "$1" "$2" "$3" -c 'import os, sys
 realpath, os.path.realpath = os.path.realpath, os.path.basename
 %s
-sys.argv[:1] = []
-exec(sys.argv[0])' "$5" "$6" "$7"
+exec(sys.argv.pop(1))' "$5" "$6" "$7"
 """
 HIDING = REAL_PYTHON % 'sys.modules["http.client"] = None'
-ELSEWHERE = """os.path.realpath = realpath
-sys.executable, sys.modules["a"] = "", types.ModuleType("a")
-sys.modules["a"].__file__ = "/root/a.py\""""
+ELSEWHERE = REAL_PYTHON % 'os.path.realpath, sys.executable, sys.__file__ = realpath, "", "/root/a"'
 
 # Shells that the installer is run with, where they are installed; the last with its own tools.
 SHELLS = (["/bin/sh"], ["dash"], ["bash", "--posix"], ["busybox", "sh"])
@@ -48,7 +45,7 @@ REFUSED: Tuple[Tuple[Dict[str, str], Dict[str, str], str], ...] = (
     ({}, {"PYTHON": "/usr/../bin/python3"}, "not an absolute path"),
     *(({}, {"PREFIX": f"/a{character}"}, "letters, digits") for character in " \n\t%$&|\\'\"é*;"),
     *(({}, {"PREFIX": f"{path}/a"}, HIDDEN) for path in ("/home", "/root", "/tmp", "/var/tmp")),
-    ({PYTHON: REAL_PYTHON % ELSEWHERE}, {}, f"/root/.*py is under /root: {HIDDEN}"),
+    ({PYTHON: ELSEWHERE}, {}, f"/root/a is under /root: {HIDDEN}"),
     ({}, {"DESTDIR": str(SCRIPT)}, "is not a directory; for a disk image: systemd-dissect --mount"),
     ({}, {"DESTDIR": f"{ROOT}\n"}, "control character"),
     ({SCRIPT_PATH + "/file": ""}, {}, "is a directory"),
@@ -165,34 +162,31 @@ class InstallTest(unittest.TestCase):
                 self.assertIn(output, (state, b""))
 
     def test_with_other_paths_one_line_of_the_unit_differs_and_modes_ignore_the_umask(self) -> None:
-        self.write("opt/bin/python3.6", GOOD_PYTHON)
+        self.write("var/opt/bin/python3.6", GOOD_PYTHON)
+        self.write("opt", "-> var/opt")
         self.succeed(PREFIX="/opt/a+b/", PYTHON="/opt/bin/python3.6", before="umask 077")
         command = f"/opt/bin/python3.6 -I -S /opt/a+b/sbin/{SCRIPT.name}"
         unit = INSTALLED[UNIT_PATH][1].replace(f"/{PYTHON} -I -S /{SCRIPT_PATH}", command)
         self.assertEqual(self.files()[UNIT_PATH], (0o644, unit))
-        for name in ("opt/a+b/sbin", f"opt/a+b/sbin/{SCRIPT.name}", os.path.dirname(PRESET)):
+        for name in ("var/opt/a+b/sbin", f"opt/a+b/sbin/{SCRIPT.name}", os.path.dirname(PRESET)):
             self.assertEqual((self.tree / name).stat().st_mode & 0o777, 0o755, name)
 
     def test_works_from_any_directory_by_a_relative_destdir_and_through_a_link(self) -> None:
         clone = self.directory / "a clone"
         clone.mkdir()
         for file in (INSTALLER, SCRIPT, UNIT_FILE):
-            shutil.copyfile(str(file), str(clone / file.name))
-        (clone / INSTALLER.name).chmod(0o755)
-        (self.directory / "link").symlink_to("a clone/install.sh")
-        for self.installer in ("a clone/install.sh", "./link"):
-            self.new_tree()
-            self.succeed(DESTDIR="an image", before=f"cd '{self.directory}'", CDPATH=self.directory)
-            self.assertEqual(self.files()[SCRIPT_PATH], INSTALLED[SCRIPT_PATH])
+            shutil.copy(str(file), str(clone))
+        self.write("../link", "-> a clone/install.sh")
+        self.installer = "./link"
+        self.succeed(DESTDIR="an image", before=f"cd '{self.directory}'", CDPATH=self.directory)
+        self.assertEqual(self.files()[SCRIPT_PATH], INSTALLED[SCRIPT_PATH])
 
     def test_whatever_fails_nothing_that_is_incomplete_is_enabled(self) -> None:
         move = f'case $2 in *%s.new) exit 1 ;; esac; exec {shutil.which("mv")} "$@"'
-        for tool, action in (
-            ("cp", 'head -c 99 "$1" >"$2"; exit 1'),  # a full disk
-            ("ln", "kill $PPID; exit 1"),
-            *(("mv", move % end) for end in ("py", "service", "preset", f"wants/{UNIT}")),
-        ):
-            broken = self.tool(tool, action)
+        broken = [("mv", move % end) for end in ("py", "service", "preset", f"wants/{UNIT}")]
+        broken += [("cp", 'head -c 99 "$1" >"$2"; exit 1'), ("ln", "kill $PPID; exit 1")]
+        for tool, action in broken:
+            path = self.tool(tool, action)
             for earlier in ({}, {**dict.fromkeys(INSTALLED, "old"), LINK: "-> /an/old/unit"}):
                 with self.subTest(action, earlier=earlier):
                     self.new_tree(**earlier)
@@ -204,7 +198,7 @@ class InstallTest(unittest.TestCase):
                     if LINK in after or PRESET in after:
                         both = [(f[SCRIPT_PATH], f[UNIT_PATH]) for f in (after, INSTALLED, old)]
                         self.assertIn(both[0], both[1:])
-            broken.unlink()
+            path.unlink()
 
     def test_leftovers_of_a_killed_installation_and_links_to_files_are_not_followed(self) -> None:
         precious = self.write("../precious", "precious")
@@ -215,12 +209,6 @@ class InstallTest(unittest.TestCase):
         self.succeed()
         after = {name: file for name, file in expected.items() if not name.endswith(".new")}
         self.assertEqual(self.files(), after)
-
-    def test_follows_a_link_to_a_directory_in_the_tree(self) -> None:
-        self.write("usr/local", "-> ../var/usrlocal")
-        (self.tree / "var/usrlocal").mkdir(parents=True)
-        self.succeed()
-        self.assertIn("var/usrlocal/sbin/azure_provision.py", self.files())
 
     def test_real_interpreter_runs_no_code_of_the_directory_and_writes_none(self) -> None:
         self.write(PYTHON, REAL_PYTHON % "")
@@ -236,12 +224,10 @@ class InstallTest(unittest.TestCase):
             (126, "chroot: failed to run command '/usr/bin/python3': Exec format error"),
             (1, "chroot: can't change root directory to '/a': Operation not permitted"),  # busybox
         ):
-            self.new_tree()
             self.tool("chroot", f'cat >/dev/null; echo "{error}" >&2; exit {status}')
             status, _, errors = self.install()
-            self.assertEqual(status, 0)
+            self.assertEqual((status, LINK in self.files()), (0, True))
             self.assertRegex(errors, rf"\Ainstall\.sh: warning: .* was not checked: {error}\n\Z")
-            self.assertLessEqual(set(INSTALLED), set(self.files()))
 
     def test_refuses_to_install_live_without_root(self) -> None:
         self.tool("id", "echo 1000")
@@ -271,12 +257,9 @@ class InstallTest(unittest.TestCase):
         for name in (SCRIPT.name, UNIT, f"sbin/{SCRIPT.name}"):
             self.write(f"{outside}/{name}", "precious")
         for link in ("etc", "usr/local", "usr/local/sbin", SYSTEM, os.path.dirname(PRESET)):
-            for target in (str(outside), "../" * 9 + str(outside)[1:]):
-                with self.subTest(link, target=target):
-                    self.new_tree()
-                    self.write(link, f"-> {target}")
-                    for options in ((), ("--no-enable",), ("--uninstall",)):
-                        self.refused("leads out of DESTDIR through a symlink", *options)
+            self.new_tree(**{link: f"-> {outside}"})
+            for options in ((), ("--no-enable",), ("--uninstall",)):
+                self.refused("leads out of DESTDIR through a symlink", *options)
 
 
 @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
