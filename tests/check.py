@@ -97,10 +97,6 @@ def network(image: ImageFiles) -> Iterator[str]:
             f"{config.file}: is for {what}, but Azure's is eth0 (driver hv_netvsc), so no "
             "VM has a network: match Driver=hv_netvsc, or name eth0"
         )
-    for rules in image.layered("udev/rules.d/*.rules") + image.layered("systemd/network/*.link"):
-        pattern = rf"(?mi)^[^#\n]*(address\}}==\"{MAC}|^(Permanent)?MACAddress\s*=\s*{MAC})"
-        if re.search(pattern, image.read(rules)):
-            yield f"{rules}: names the interface of one MAC address, the builder's: delete it"
     if not bound:
         why = "; ".join(dict.fromkeys(f"{config.file}: {config.off}" for config in fitting))
         yield (
@@ -137,12 +133,11 @@ def accelerated_networking(image: ImageFiles) -> Iterator[str]:
             left[NETWORKD] = left[NETWORKD] or last(found, "Link.Unmanaged") in net.YES
     for config in configurations(image):
         if config.fits(second) and not config.off and not left.get(config.service, True):
-            by_driver = "match Driver=hv_netvsc instead of a name"
-            by_rule = "install azure-vm-utils, or its rule 10-azure-unmanaged-sriov.rules"
-            yield (
-                f"{config.file}: is also for the second device of accelerated networking: a VM may "
-                f"lose its network: {by_rule if config.service == MANAGER else by_driver}"
-            )
+            fix = "match Driver=hv_netvsc instead of a name"
+            if config.service == MANAGER:
+                fix = "install azure-vm-utils, or its rule 10-azure-unmanaged-sriov.rules"
+            second_device = "is also for the second device of accelerated networking"
+            yield f"{config.file}: {second_device}: a VM may lose its network: {fix}"
 
 
 def dhcp_name(image: ImageFiles) -> Iterator[str]:
@@ -176,13 +171,12 @@ def identities(image: ImageFiles) -> Iterator[str]:
     ]
     if not sshd or any(not first or image.first_boot for _, first in makers):
         return
-    if "ssh-keygen" not in image.read("/etc/rc.local"):
-        file = image.unit_file(sshd[0])
-        why = "nothing that is enabled makes them"
-        if makers:
-            why = f"{makers[0][0]} only runs if /etc/machine-id says uninitialized"
-        fix = "add ExecStartPre=/usr/bin/ssh-keygen -A"
-        yield f"{file}: no VM has SSH host keys, so nobody can log in ({why}): {fix}"
+    why = "nothing that is enabled makes them"
+    if makers:
+        why = f"{makers[0][0]} only runs if /etc/machine-id says uninitialized"
+    fix = "add ExecStartPre=/usr/bin/ssh-keygen -A"
+    file = image.unit_file(sshd[0])
+    yield f"{file}: no VM has SSH host keys, so nobody can log in ({why}): {fix}"
 
 
 def agents(image: ImageFiles) -> Iterator[str]:
@@ -239,8 +233,8 @@ def problems(root: str) -> List[str]:
 def rehearsal_note(image: ImageFiles) -> str:
     """What a rehearsal will see otherwise: QEMU's interface has another name and driver."""
     name = "eth0" if "net.ifnames=0" in image.command_line else "ens3"
-    active = [config for config in configurations(image) if not config.off]
-    if any(config.fits((name, "virtio_net")) for config in active):
+    device = (name, "virtio_net")
+    if any(config.fits(device) and not config.off for config in configurations(image)):
         return ""
     return (
         f" A rehearsal will find no network, as QEMU's interface is {name} (virtio_net): add that "

@@ -49,8 +49,7 @@ def words(found: Settings, *names: str) -> List[str]:
 
 
 def last(found: Settings, *names: str) -> str:
-    values = [value for name in names for value in found.get(name, ())]
-    return values[-1] if values else ""
+    return "".join([value for name in names for value in found.get(name, ())][-1:])
 
 
 def variables(text: str) -> Dict[str, str]:
