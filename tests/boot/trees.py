@@ -42,12 +42,9 @@ printf '[main]\\nno-auto-default=*\\n' >etc/NetworkManager/conf.d/a.conf
 printf '[connection]\\nid=a\\ntype=%b\\n[ipv4]\\nmethod=auto\\n' >{PROFILE} """
 
 
-def stanza(name: str, start: str = "allow-hotplug") -> str:
-    return f"printf '{start} {name}\\niface {name} inet dhcp\\n' >{INTERFACES}"
-
-
-def lose_driver(path: str) -> str:
-    return f"rm lib/modules/*/kernel/drivers/{path}.ko && depmod --basedir . $(ls lib/modules)"
+# Shell functions that take the words after them.
+STANZA = f'stanza() {{ printf "$1 $2\\niface $2 inet dhcp\\n" >{INTERFACES}; }}; stanza'
+LOSE = "lose() { rm lib/modules/*/kernel/drivers/$1.ko; depmod -b . $(ls lib/modules); }; lose"
 
 
 CASES = [
@@ -65,8 +62,7 @@ CASES = [
             f"/{NETWORK}: is also for the second": f"sed -i 's/Driver=.*/Name=en* eth*/' {NETWORK}",
             f"/{NETWORK}: sends no": f"printf '[DHCPv4]\\nSendHostname=no\\n' >>{NETWORK}",
             "systemd-networkd.service is not enabled": f"{DISABLE} systemd-networkd",
-            "only a preset enables systemd-networkd.service": f"""
-                {DISABLE} systemd-networkd && echo uninitialized >etc/machine-id""",
+            "only a preset": f"{DISABLE} systemd-networkd; echo uninitialized >etc/machine-id",
             "does not start multi-user.target": "systemctl --root=. set-default rescue.target",
             f"/{UNIT}: {UNIT} is not enabled, as on a provisioned VM": f"{DISABLE} {UNIT}",
             f"/{UNIT}: masked": f"rm etc/systemd/system/{UNIT} && {MASK} {UNIT}",
@@ -84,7 +80,7 @@ CASES = [
             "systemd-networkd.service is masked": f"{MASK} systemd-networkd",
             "nobody can log in (nothing": f"rm {SSH}/*",
             "/etc/ssh/ssh_host_ecdsa_key: would be shared": "chroot . /usr/bin/ssh-keygen -A",
-            "no hv_storvsc": lose_driver("scsi/hv_storvsc"),
+            "no hv_storvsc": f"{LOSE} scsi/hv_storvsc",
         },
     ),
     Case(
@@ -94,18 +90,17 @@ CASES = [
             "NetworkManager.conf: is also for the second device": f"rm {RULES}",
             "there is no profile for eth0": f"{ONLY_PROFILE} wifi",
             f"/{PROFILE}: is for ens192": f"{ONLY_PROFILE} 'ethernet\\ninterface-name=ens192'",
-            f"/{PROFILE}: always sends the name golden": f"""
-                {ONLY_PROFILE} ethernet && echo dhcp-hostname=golden >>{PROFILE}""",
+            "the name golden": f"{ONLY_PROFILE} ethernet; echo dhcp-hostname=golden >>{PROFILE}",
             "NetworkManager.service is not enabled": f"{DISABLE} NetworkManager",
         },
     ),
     Case(
         "ifupdown",
-        stanza("eth0"),
+        f"{STANZA} allow-hotplug eth0",
         {
-            f"/{INTERFACES}: is for ens3": stanza("ens3"),
-            f"/{INTERFACES}: nothing starts eth0": stanza("eth0", "#"),
-            "networking.service is not enabled": f"{stanza('eth0', 'auto')}; {DISABLE} networking",
+            f"/{INTERFACES}: is for ens3": f"{STANZA} allow-hotplug ens3",
+            f"/{INTERFACES}: nothing starts eth0": f"{STANZA} '#' eth0",
+            "networking.service is not enabled": f"{STANZA} auto eth0; {DISABLE} networking",
             "always sends the name a,": "echo send host-name '\"a\";' >etc/dhcp/dhclient.conf",
             "no DHCP client is installed": "rm sbin/dhclient",
         },
@@ -121,7 +116,7 @@ CASES = [
     ),
     Case(
         "trees ifupdown dhcpcd-base openssh-server",
-        f"{stanza('eth0', 'auto')}; echo uninitialized >etc/machine-id",
+        f"{STANZA} auto eth0; echo uninitialized >etc/machine-id",
         {"only runs if /etc/machine-id says uninitialized": ": >etc/machine-id"},
         "trixie",
     ),
@@ -135,7 +130,7 @@ CASES = [
             "(there is no `hostname` in dhcpcd.conf)": "sed -i /^hostname/d etc/dhcpcd.conf",
             "no DHCP client is enabled": f"{DISABLE} dhcpcd",
             "/etc/default/grub: without console=ttyS0": "sed -i s/ttyS0/tty0/ etc/default/grub",
-            "no hv_netvsc": lose_driver("net/hyperv/hv_netvsc"),
+            "no hv_netvsc": f"{LOSE} net/hyperv/hv_netvsc",
         },
     ),
     Case(
