@@ -243,6 +243,8 @@ class CheckTest(unittest.TestCase):
         self.tree(NETWORKD)
         sound = self.run_check(str(self.root))
         self.assertEqual(sound, (0, f"Nothing was found in '{self.root}'.\n"))
+        self.tree(NETWORKD, match("Driver=hv_netvsc"))
+        self.assertIn("A rehearsal will find no network", self.run_check(str(self.root))[1])
         self.tree(NETWORKD, {"usr/bin/python3": "", NETWORK: "", f"{WANTS}/{UNIT}": ""})
         status, output = self.run_check(str(self.root))
         self.assertEqual((status, len(output.splitlines())), (1, 3))
