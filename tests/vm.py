@@ -181,12 +181,15 @@ class Image(NamedTuple):
 
     def read(self, start: int, size: int) -> bytes:
         """SIZE bytes of the disk, or as many as it has; both in whole sectors of 512."""
-        words = ("--force-share", "--image-opts", "-O", "raw", "bs=512", f"skip={start // 512}")
-        with tempfile.NamedTemporaryFile(prefix="azure-vm-") as part:
-            output = (f"count={size // 512}", f"if={self.options}", f"of={part.name}")
-            if start < self.size:
-                run_tool("qemu-img", "dd", *words, *output)
-            return Path(part.name).read_bytes()
+        size = min(size, self.size - start)
+        if size <= 0:
+            return b""
+        options = [f"file.{option}" for option in split_options(self.options)]
+        part = ",".join(["driver=raw", f"offset={start}", f"size={size}", *options])
+        with tempfile.NamedTemporaryFile(prefix="azure-vm-") as copy:
+            words = ("--force-share", "--image-opts", "-O", "raw", part, copy.name)
+            run_tool("qemu-img", "convert", *words)
+            return Path(copy.name).read_bytes()
 
 
 def inspect(path: Path) -> Image:

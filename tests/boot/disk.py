@@ -18,10 +18,9 @@ TOOLS = {
     "mcopy": "mtools",
     "sfdisk": "fdisk",
     "syslinux": "syslinux",  # generation 1
-    "objcopy": "binutils",  # generation 2
 }
 MBR_CODE = Path("/usr/lib/syslinux/mbr/mbr.bin")  # syslinux-common
-EFI_STUB = Path("usr/lib/systemd/boot/efi/linuxx64.efi.stub")  # in the tree: systemd-boot-efi
+EFI_LOADERS = "usr/lib/systemd/boot/efi/systemd-boot*.efi"  # in the tree: systemd-boot-efi
 
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "libpam-systemd", "iproute2")
 KERNEL = ("linux-image-cloud-amd64", "systemd-boot-efi")
@@ -33,14 +32,10 @@ ROOT_SIZE = DISK_SIZE - ROOT_START - 1  # MiB; the last one is for the second co
 
 # The kernel's messages go to the serial port, which is Azure's boot diagnostics.
 # Under emulation on a busy machine, the check of the timer can end in a panic.
-COMMAND_LINE = "root=LABEL=root {mode} console=ttyS0 no_timer_check"
+PARAMETERS = "console=ttyS0 no_timer_check"
 
 # systemd-networkd as images have it: whatever the interface is called, with IPv6 link-local on.
 NETWORK_FILE = "[Match]\nName=en* eth*\n\n[Network]\nDHCP=ipv4\n"
-
-# The addresses of a unified kernel image's sections, as systemd's ukify once had them.
-SECTIONS = {".osrel": 0x20000, ".cmdline": 0x30000, ".linux": 0x2000000, ".initrd": 0x4000000}
-
 
 def missing() -> Sequence[str]:
     """What building a disk needs and this machine does not have."""
@@ -68,6 +63,7 @@ class Tree:
             other = image("disk", "bookworm", [*PACKAGES, *KERNEL, "python3"])
             for part in ("boot", "vmlinuz", "initrd.img", "usr/lib/modules"):
                 command("cp", "--archive", "--no-target-directory", other / part, self.root / part)
+        self.parameters = PARAMETERS  # of the kernel, beside its root
         self.write("etc/hostname", "golden-image\n")
         self.write("etc/machine-id", "")
         self.write("etc/fstab", "")
@@ -93,7 +89,7 @@ class Tree:
         with open(str(disk), "wb") as file:
             file.truncate(DISK_SIZE * MIB)
         make_bootable = make_bios_disk if generation == 1 else make_efi_disk
-        make_bootable(disk, self.root, COMMAND_LINE.format(mode=mode))
+        make_bootable(disk, self.root, f"root=LABEL=root {mode} {self.parameters}")
         offset = f"offset={ROOT_START * MIB}"
         options = ("-q", "-F", "-t", "ext4", "-L", "root", "-E", offset, "-d", self.root)
         command("mke2fs", *options, disk, f"{ROOT_SIZE}M")
@@ -131,16 +127,16 @@ def make_bios_disk(disk: Path, root: Path, command_line: str) -> None:
 
 
 def make_efi_disk(disk: Path, root: Path, command_line: str) -> None:
-    """Generation 2: a unified kernel image where every firmware looks for a boot loader."""
+    """Generation 2: systemd-boot, where every firmware looks for a boot loader."""
     partition(disk, "gpt", "type=uefi")
-    parameters = disk.with_name("cmdline")
-    parameters.write_text(command_line)
-    parts = (root / "usr/lib/os-release", parameters, root / "vmlinuz", root / "initrd.img")
-    options = []
-    for (section, address), part in zip(SECTIONS.items(), parts):
-        options += [f"--add-section={section}={part.resolve()}"]
-        options += [f"--change-section-vma={section}={address:#x}"]
-    kernel = disk.with_name("bootx64.efi")
-    command("objcopy", *options, root / EFI_STUB, kernel)
-    mtools("mmd", disk, "::EFI", "::EFI/BOOT")
-    mtools("mcopy", disk, kernel, "::EFI/BOOT/BOOTX64.EFI")
+    (loader,) = root.glob(EFI_LOADERS)
+    entry = disk.with_name("entry")
+    entry.write_text(f"linux /vmlinuz\ninitrd /initrd.img\noptions {command_line}\n")
+    mtools("mmd", disk, "::EFI", "::EFI/BOOT", "::loader", "::loader/entries")
+    for file, place in (
+        (root / "vmlinuz", "vmlinuz"),
+        (root / "initrd.img", "initrd.img"),
+        (entry, "loader/entries/azure.conf"),
+        (loader, loader.name.upper().replace("SYSTEMD-BOOT", "EFI/BOOT/BOOT")),
+    ):
+        mtools("mcopy", disk, file.resolve(), f"::{place}")
