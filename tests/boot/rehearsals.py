@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence, Tuple
 
 from tests.boot.container import add_service
-from tests.boot.disk import Tree
-from tests.boot.host import attempt, command, new_directory
+from tests.boot.disk import ARM_PACKAGES, Tree
+from tests.boot.host import attempt, command, new_directory, note
 from tests.boot.in_a_vm import VMTest
 from tests.plain.harness import INSTALLER, ROOT, SCRIPT
 from tests.vm import inspect
@@ -27,10 +28,17 @@ REHEARSE = [
     *("/usr/bin/python3", "-B", "-m", "tests.rehearse"),
 ]
 CLOUD_INIT = ("python3", "cloud-init", "ifupdown", "isc-dhcp-client")
+WAAGENT = ("python3", "waagent", "ifupdown", "isc-dhcp-client", "openssh-server", "parted")
+IFUPDOWN = ("python3", "ifupdown", "isc-dhcp-client")
 
 
 def install(tree: Tree) -> None:
     command(INSTALLER, DESTDIR=tree.root)
+
+
+def no_dhcp_client(tree: Tree) -> None:
+    install(tree)
+    tree.parameters += " net.ifnames=0"
 
 
 def sound(tree: Tree) -> None:
@@ -44,6 +52,21 @@ def bound_to_mac_address(tree: Tree) -> None:
     # the address of a VM that is gone
     tree.use_networkd("[Match]\nMACAddress=00:22:48:12:34:56\n\n[Network]\nDHCP=yes\n")
     install(tree)
+
+
+def bound_to_ens3(tree: Tree) -> None:
+    tree.use_networkd("[Match]\nName=ens3\n\n[Network]\nDHCP=yes\n")
+    install(tree)
+
+
+def names_eth0(tree: Tree) -> None:
+    tree.write("etc/network/interfaces.d/azure", "allow-hotplug eth0\niface eth0 inet dhcp\n")
+    install(tree)
+
+
+def names_eth0_and_has_it(tree: Tree) -> None:
+    names_eth0(tree)
+    tree.parameters += " net.ifnames=0"
 
 
 def not_enabled(tree: Tree) -> None:
@@ -63,10 +86,19 @@ def python_minimal(tree: Tree) -> None:
     command("chroot", tree.root, "dpkg", "--purge", "--force-depends", *names)
 
 
-def ifupdown(tree: Tree) -> None:
-    tree.write("etc/cloud/cloud-init.disabled", "")
-    tree.write("etc/network/interfaces.d/azure", "allow-hotplug ens3\niface ens3 inet dhcp\n")
-    install(tree)
+def panics(tree: Tree) -> None:
+    sound(tree)
+    add_service(tree.root, "panic", "sleep 5; echo c >/proc/sysrq-trigger")
+
+
+def no_nvme_driver(tree: Tree) -> None:
+    sound(tree)
+    tree.parameters += " initcall_blacklist=nvme_init"
+
+
+def silent(tree: Tree) -> None:
+    sound(tree)
+    tree.parameters = "console=tty0 no_timer_check"
 
 
 def cloud_init(tree: Tree) -> None:
@@ -78,14 +110,23 @@ def two_agents(tree: Tree) -> None:
     install(tree)
 
 
+def waagent(tree: Tree) -> None:
+    tree.write(
+        "etc/network/interfaces", "auto lo eth0\niface lo inet loopback\niface eth0 inet dhcp\n"
+    )
+    tree.parameters += " net.ifnames=0"
+
+
 CORRECTLY = "It will provision."
 INCORRECTLY = "It will provision, but not correctly."
 NOT = "It will not provision."
+UNTOLD = "It could not be told whether it will provision."
+STATUS = {CORRECTLY: 0, INCORRECTLY: 1, NOT: 1, UNTOLD: 3}
 
 
 class Case(NamedTuple):
     prepare: Callable[[Tree], None]
-    says: Sequence[str]  # patterns; those of the checks that fail begin with FAIL
+    says: Sequence[str]  # patterns; those of the checks that are not ok begin with FAIL or \\?
     result: str = CORRECTLY
     packages: Sequence[str] = ("python3",)
     generation: int = 1
@@ -96,20 +137,24 @@ class Case(NamedTuple):
 
 # The longest come first.
 CASES = [
+    Case(
+        sound,
+        [r"generation 2 \(it has EFI/BOOT/BOOTAA64.EFI: Arm64\)"],
+        packages=ARM_PACKAGES,
+        generation=2,
+    ),
+    Case(waagent, ["is the only agent +walinuxagent", "DVD"], packages=WAAGENT),
     Case(cloud_init, ["is the only agent +cloud-init"], packages=CLOUD_INIT),
     Case(
         two_agents,
-        [
-            "FAIL +reports Ready once +it reported Ready 2 times",
-            "FAIL +is the only agent +2 agents talk to Azure: cloud-init, custom-provisioning",
-        ],
+        ["FAIL +is the only agent +2 agents talk to Azure: cloud-init, custom-provisioning"],
         INCORRECTLY,
         packages=CLOUD_INIT,
     ),
     Case(
-        ifupdown,
-        ["Hostname published by systemctl restart ifup@ens3.service", "asks DHCP .*by dhclient\n"],
-        packages=CLOUD_INIT,
+        names_eth0_and_has_it,
+        ["asks DHCP .*by dhclient, on eth0\n", "restart ifup@eth0.service"],
+        packages=IFUPDOWN,
     ),
     Case(
         read_only,
@@ -119,45 +164,60 @@ CASES = [
     ),
     Case(
         sound,
-        ["-> 503", "takes the computer name +web000000"],
+        ["-> 503", "-> 410", "takes the computer name +web000000"],
         generation=2,
         options=["--faults", "--name=web"],
     ),
     Case(
         sound,
         [
-            "vpc, 1,024 MiB, generation 1; .*a private network",
+            r"vpc, 1,024 MiB, generation 1 \(.*\); .*a private network",
             "DHCP +REQUEST rehearsal000001",
-            "Hostname published by networkctl reconfigure ens3",
-            "asks DHCP .*by systemd-networkd\n",
-            "takes the computer name +rehearsal000000, from /metadata/instance/compute",
+            "networkctl reconfigure ens3",
+            "asks DHCP .*by systemd-networkd, on ens3\n",
+            "takes the computer name +rehearsal000000, from /metadata/instance",
             "is the only agent +custom-provisioning",
             "Linux version",
             "/dev/tcp/168.0.0.2/.*: Connection refused",
         ],
         format="vpc -o subformat=fixed,force_size",
     ),
+    Case(silent, ["FAIL +speaks on the console .* console=ttyS0\n"], INCORRECTLY, generation=2),
     Case(
-        bound_to_mac_address,
-        ["vhdx, ", "FAIL +asks DHCP +no DHCP request .* no DHCP client, .* another MAC address"],
+        no_nvme_driver,
+        ["FAIL +second VM is the same +asks DHCP: .* it is the disk driver: .* NVMe"],
         NOT,
-        format="vhdx",
+        generation=2,
     ),
-    Case(install, ["FAIL +asks DHCP +no DHCP request .* no DHCP client"], NOT),
+    Case(
+        bound_to_ens3,
+        ["FAIL +second VM .* it is the interface name: .* bound to ens3,.* ens18 here, and eth0"],
+        NOT,
+    ),
+    Case(panics, ["FAIL +stays up +Kernel panic.* sysrq"], INCORRECTLY),
+    Case(names_eth0, [r"\? +asks DHCP .* eth0, .* ens3 here: add net.ifn"], UNTOLD, IFUPDOWN),
+    Case(bound_to_mac_address, ["vhdx, ", r"\? +asks DHCP .* MAC address"], UNTOLD, format="vhdx"),
+    Case(no_dhcp_client, ["FAIL +asks DHCP +no DHCP request .* no DHCP client"], NOT),
     Case(
         not_enabled,
-        ["FAIL +requests the goal state .*sends no request .*: its unit is not enabled"],
+        ["FAIL +reaches Azure +it asks DHCP but sends no request .*: its unit is not enabled"],
         NOT,
     ),
     Case(
         python_minimal,
         [
             "qcow2, ",
-            "FAIL +requests the goal state +it asks DHCP but sends no request .* see its console",
+            "FAIL +reaches Azure +it asks DHCP but sends no request .* see its console",
             "From its console:(.|\n)*ModuleNotFoundError",
         ],
         NOT,
         format="qcow2",
+    ),
+    Case(
+        sound,
+        [r"\? +asks DHCP .* still booting when the time ran out: raise --timeout"],
+        UNTOLD,
+        options=["--timeout=9"],
     ),
 ]
 
@@ -184,24 +244,26 @@ class RehearsalTest(VMTest):
         command("qemu-img", "convert", "-f", "raw", "-O", *case.format.split(), raw, image)
         raw.unlink()
         image.chmod(0o444)
-        result = self.rehearse(image, f"--generation={case.generation}", *case.options)
+        started = time.monotonic()
+        result = self.rehearse(image, *case.options)
+        note(f"{case.prepare.__name__}: {time.monotonic() - started:.0f} s\n{result[1]}")
         tree.remove()
         return result
 
     def check(self, case: Case, status: int, output: str) -> None:
-        self.assertEqual(status, 0 if case.result == CORRECTLY else 1, output)
+        self.assertEqual(status, STATUS[case.result], output)
         self.assertIn(f"\n{case.result}\n", output)
-        states = re.findall(r"(?m)^  (ok|FAIL|\?) ", output)
-        self.assertEqual(len(states), 9, output)
-        failing = sum(pattern.startswith("FAIL") for pattern in case.says)
-        self.assertEqual(states.count("FAIL"), failing, output)
+        states = re.findall(r"(?m)^  (ok|FAIL|\?|-) ", output)
+        self.assertEqual(len(states), 11, output)
+        for state, pattern in (("FAIL", "FAIL"), ("?", "\\?")):
+            expected = sum(said.startswith(pattern) for said in case.says)
+            self.assertEqual(states.count(state), expected, output)
         for pattern in case.says:
             self.assertRegex(output, pattern)
-        if case.result == NOT:  # it ends with the first VM
-            self.assertNotIn("VM 2", output)
+        if case.result in (NOT, UNTOLD):
             self.assertIn("\nFrom its console:\n  | ", output)
-        else:
-            self.assertNotIn("?", states, output)
+        if case.result == CORRECTLY:
+            self.assertNotIn("-", states, output)
 
     def test_each_image_gets_its_verdict(self) -> None:
         cases = [case for case in CASES if ONLY in (None, case.prepare.__name__)]
