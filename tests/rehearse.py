@@ -350,6 +350,7 @@ def seconds(boot: VMBoot, at: float) -> str:
 Outcome = Tuple[str, str]
 PASS, FAIL, UNSURE = "ok", "FAIL", "?"
 NOT_REACHED = ("-", "the rehearsal did not get that far")
+UNTOLD = "It could not be told whether it will provision."
 
 
 def can_be_uploaded(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
@@ -574,7 +575,7 @@ def verdict(rehearsal: Rehearsal) -> Tuple[int, List[str]]:
         if ready:
             result = "It will provision, but not correctly."
     elif UNSURE in states:
-        result = "It could not be told whether it will provision."
+        result = UNTOLD
     else:
         result = "It will provision."
     status = 1 if FAIL in states else 3 if UNSURE in states else 0
@@ -610,13 +611,12 @@ def parse_command_line(arguments: List[str]) -> argparse.Namespace:
 def open_console(path: Path) -> IO[bytes]:
     """A new or empty file, or a terminal; raises VMError if PATH is anything else."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO is an error
-    file = open(os.open(str(path), flags, 0o666), "wb", buffering=0)
-    state = os.fstat(file.fileno())
-    if not file.isatty() and (state.st_size or not stat.S_ISREG(state.st_mode)):
-        file.close()
+    descriptor = os.open(str(path), flags, 0o666)
+    state = os.fstat(descriptor)
+    if not os.isatty(descriptor) and (state.st_size or not stat.S_ISREG(state.st_mode)):
         raise VMError(f"--console: {path}: neither an empty file nor a terminal")
-    os.set_blocking(file.fileno(), True)
-    return file
+    os.set_blocking(descriptor, True)
+    return open(descriptor, "wb", buffering=0)
 
 
 def main(arguments: List[str]) -> int:
