@@ -30,10 +30,9 @@ from tests.vm import (
     Setup,
     VMBoot,
     VMError,
-    boot_directory,
+    efi_loaders,
     has_private_network,
     inspect,
-    partitions,
     printable,
     run_tool,
 )
@@ -56,7 +55,6 @@ FIRMWARE = {
     ),
 }
 FIRMWARE_PACKAGE = {"x86_64": "ovmf", "aarch64": "qemu-efi-aarch64"}  # of Debian
-LOADERS = {"x86_64": b"BOOTX64 EFI", "aarch64": b"BOOTAA64EFI"}  # in EFI/BOOT
 CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
 
 # Programs that end at once. A boot sector: mov al, 0xfe; out 0x64, al; hlt. And code that calls
@@ -116,8 +114,7 @@ def find_setup(image: Image, generation: int) -> Tuple[Setup, str]:
 
 def choose_machine(image: Image, generation: int) -> Tuple[int, str, str]:
     """The generation of the VM, unless it is given; the architecture; and how that is known."""
-    names = {name for start in partitions(image) for name in boot_directory(image, start)}
-    found = [architecture for architecture in LOADERS if LOADERS[architecture] in names]
+    found = efi_loaders(image)
     if found == ["aarch64"]:
         if generation == 1:
             raise VMError("Arm64 VMs are of generation 2")
@@ -350,6 +347,7 @@ def seconds(boot: VMBoot, at: float) -> str:
 Outcome = Tuple[str, str]
 PASS, FAIL, UNSURE = "ok", "FAIL", "?"
 NOT_REACHED = ("-", "the rehearsal did not get that far")
+VHD_HEADING = "The VHD that Azure takes:"
 UNTOLD = "It could not be told whether it will provision."
 
 
@@ -568,7 +566,7 @@ def verdict(rehearsal: Rehearsal) -> Tuple[int, List[str]]:
         lines += excerpt(rehearsal.last)
     if rehearsal.image.format != "vpc" or rehearsal.image.obstacle:
         commands = upload_commands(rehearsal.options.image, rehearsal.image)
-        lines += ["", "The VHD that Azure takes:", *(f"  {command}" for command in commands)]
+        lines += ["", VHD_HEADING, *(f"  {command}" for command in commands)]
     if FAIL in states:
         unsure = ", or not correctly" if UNSURE in states else ""
         result = f"It will not provision{unsure}."

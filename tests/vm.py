@@ -48,7 +48,9 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1  # netdevice(7)
 
 MIB = 1024 * 1024  # bytes
 FIXED_VHD, EXTERNAL_DATA = 2, 4  # the kind in a VHD's footer; a feature in a qcow2's header
-GPT, DIRECTORY = 0xEE, 0x10  # the kind of a partition in an MBR; an attribute in a FAT
+GPT = 0xEE  # the kind of a partition in an MBR
+LOADERS = {"x86_64": b"BOOTX64 EFI", "aarch64": b"BOOTAA64EFI"}  # short names of EFI/BOOT/BOOT….EFI
+MAX_SEARCH, SEARCH_STEP = 4 * 1024 * 1024, 128 * 1024  # sectors
 
 KERNEL = re.compile(r"Linux version |^\[ *\d+\.\d{6}\] ")
 LONGEST_LINE = 4096  # bytes, of a console
@@ -181,7 +183,7 @@ class Image(NamedTuple):
 
     def read(self, start: int, size: int) -> bytes:
         """SIZE bytes of the disk, or as many as it has; both in whole sectors of 512."""
-        size = min(size, self.size - start)
+        size = min(-(-size // 512) * 512, (self.size - start) // 512 * 512)
         if size <= 0:
             return b""
         options = [f"file.{option}" for option in split_options(self.options)]
@@ -237,48 +239,30 @@ def read_ends(path: Path) -> Tuple[bytes, bytes, int]:
         return file.read(512), footer, size
 
 
-def partitions(image: Image) -> List[int]:
-    """Where the partitions of a disk begin, in bytes."""
-    table = image.read(0, 512)
-    if table[450] != GPT:
-        starts = [struct.unpack_from("<I", table, place)[0] for place in range(454, 510, 16)]
-        return [512 * start for start in starts if start]
-    first, count, size = struct.unpack_from("<QII", image.read(512, 512), 72)
-    table = image.read(512 * first, min(count * size, 65536) // 512 * 512)
-    places = range(32, len(table) - 7, max(size, 128))
-    return [
-        512 * struct.unpack_from("<Q", table, place)[0]
-        for place in places
-        if any(table[place : place + 8])
-    ]
+def efi_loaders(image: Image) -> List[str]:
+    """The architectures for which a FAT partition of the disk has the loader in EFI/BOOT.
 
-
-def boot_directory(image: Image, start: int) -> List[bytes]:
-    """The short names in EFI/BOOT of the FAT file system at START; none if there is none.
-
-    Its directories are taken to be in one piece: https://en.wikipedia.org/wiki/Design_of_the_FAT_file_system.
+    Its short name is searched for, which only a directory has.
     """
-    sector = image.read(start, 512).ljust(512)
-    size, per_cluster, reserved, fats, entries = struct.unpack_from("<HBHBH", sector, 11)
-    if sector[510:] != b"\x55\xaa" or size not in (512, 1024, 2048, 4096):
-        return []
-    length = struct.unpack_from("<H", sector, 22)[0] or struct.unpack_from("<I", sector, 36)[0]
-    root = start + size * (reserved + fats * length)
-    first = root + 32 * entries  # cluster 2; FAT32 has its root in any cluster, and no entries
-    cluster = 0 if entries else struct.unpack_from("<I", sector, 44)[0]
-    for name in (b"EFI", b"BOOT", b""):
-        place = first + (cluster - 2) * size * per_cluster if cluster else root
-        table = image.read(place, 16384)
-        records = [table[place : place + 32] for place in range(0, len(table), 32)]
-        records = list(itertools.takewhile(lambda record: record[0], records))
-        for record in records:
-            if record[:11] == name.ljust(11) and record[11] & DIRECTORY:
-                high, low = struct.unpack_from("<H4xH", record, 20)
-                cluster = high << 16 | low
-                break
-        else:
-            return [record[:11] for record in records if not name]
-    return []
+    table, found = image.read(0, 512), set()
+    if table[450] == GPT:
+        first, count, size = struct.unpack_from("<QII", image.read(512, 512).ljust(512), 72)
+        table = image.read(512 * first, min(count * size, 64 * 1024))
+        ends = [struct.unpack_from("<QQ", entry) for entry in cut(table[32:], max(size, 128))]
+        parts = [(start, end - start + 1) for start, end in ends if start]
+    else:
+        parts = [struct.unpack_from("<II", entry, 8) for entry in cut(table[446:510], 16)]
+    for start, size in parts:
+        if b"FAT" in image.read(512 * start, 512)[54:90]:
+            for place in range(start, start + min(size, MAX_SEARCH), SEARCH_STEP):
+                block = image.read(512 * place, 512 * min(SEARCH_STEP, start + size - place))
+                found |= {loader for loader in LOADERS if LOADERS[loader] in block}
+    return sorted(found)
+
+
+def cut(data: bytes, size: int) -> List[bytes]:
+    """The pieces of SIZE bytes of DATA, but for a last one of less than 16."""
+    return [data[at : at + size] for at in range(0, len(data) - 15, size)]
 
 
 def split_options(options: str) -> List[str]:

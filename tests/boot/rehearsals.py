@@ -11,14 +11,24 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence, Tuple
+from types import SimpleNamespace
+from typing import Any, Callable, NamedTuple, Sequence, Tuple
 
 from tests.boot.container import add_service
-from tests.boot.disk import ARM_PACKAGES, Tree
+from tests.boot.disk import (
+    ARM_PACKAGES,
+    BOOT_START,
+    DISK_SIZE,
+    ROOT_START,
+    Tree,
+    mtools,
+    partition,
+)
 from tests.boot.host import attempt, command, new_directory, note
 from tests.boot.in_a_vm import VMTest
 from tests.plain.harness import INSTALLER, ROOT, SCRIPT
-from tests.vm import inspect
+from tests.rehearse import VHD_HEADING, Rehearsal, choose_machine, verdict
+from tests.vm import MIB, inspect
 
 ONLY = os.environ.get("BOOT_CASE")
 
@@ -213,12 +223,6 @@ CASES = [
         NOT,
         format="qcow2",
     ),
-    Case(
-        sound,
-        [r"\? +asks DHCP .* still booting when the time ran out: raise --timeout"],
-        UNTOLD,
-        options=["--timeout=9"],
-    ),
 ]
 
 
@@ -228,12 +232,13 @@ class RehearsalTest(VMTest):
         shutil.copytree(str(ROOT / "tests"), str(self.directory / "tests"))
         shutil.copy(str(SCRIPT), str(self.directory))
 
-    def rehearse(self, image: Path, *options: str) -> Tuple[int, str]:
+    def rehearse(self, image: Path, *options: str, **environment: Any) -> Tuple[int, str]:
         """Rehearse IMAGE as nobody; return the status, and the VMs' console and the output."""
-        console = image.with_name("console")
+        console = new_directory() / "console"
         console.touch()
         console.chmod(0o666)
-        done = attempt(*REHEARSE, *options, f"--console={console}", image, cwd=self.directory)
+        words = (*options, f"--console={console}", image)
+        done = attempt(*REHEARSE, *words, cwd=self.directory, **environment)
         return done.returncode, console.read_text(encoding="utf-8") + done.stdout
 
     def build_and_rehearse(self, case: Case, port: int) -> Tuple[int, str]:
@@ -279,12 +284,84 @@ class RehearsalTest(VMTest):
             with self.assertRaises(BlockingIOError):  # no image reached this machine
                 listener.accept()
 
-    def test_file_that_is_not_a_disk(self) -> None:
-        image = self.directory / "image, of text"
-        image.write_text("not a disk\n" * 100)
-        status, output = self.rehearse(image)
+    def test_too_little_time_or_space_is_not_the_fault_of_the_image(self) -> None:
+        tree = Tree(self.directory / "sound")
+        sound(tree)
+        image = tree.disk()
+        status, output = self.rehearse(image, "--timeout=9")
+        self.assertEqual(status, 3, output)
+        self.assertRegex(output, r"\? +asks DHCP .* still booting .*: raise --timeout")
+        small = self.directory / "small"
+        small.mkdir()
+        command("mount", "-t", "tmpfs", "-o", "size=3M,mode=1777", "tmpfs", small)
+        self.addCleanup(command, "umount", small)
+        status, output = self.rehearse(image, TMPDIR=small)
+        self.assertEqual(status, 2, output)
+        self.assertRegex(output, f"error: No space left on device: .*{small}")
+        self.assertEqual(list(small.iterdir()), [])
+
+    def test_image_that_is_more_than_a_file_is_refused_and_not_followed(self) -> None:
+        text, secret = self.directory / "image, of text", self.directory / "secret"
+        text.write_text("not a disk\n" * 100)
+        secret.write_text("root:secret\n" * 100)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            listener.settimeout(0)
+            port = listener.getsockname()[1]
+            for name in (str(secret), f"nbd://127.0.0.1:{port}/x", os.devnull):
+                image = self.directory / "backed.qcow2"
+                options = ("-u", "-F", "raw", "-b", name)
+                command("qemu-img", "create", "-f", "qcow2", *options, image, "1M")
+                status, output = self.rehearse(image)
+                self.assertEqual(status, 2)
+                self.assertRegex(output, "flatten it first: qemu-img convert")
+                self.assertNotIn("secret:", output)
+            with self.assertRaises(BlockingIOError):
+                listener.accept()
+        status, output = self.rehearse(text)
         self.assertEqual(status, 2)
         self.assertRegex(output, r"\A.*: not a disk: no boot signature.*\n\Z")
+
+    def test_commands_that_it_prints_make_a_vhd_that_azure_takes(self) -> None:
+        raw = self.directory / "odd.raw"
+        with open(str(raw), "wb") as file:
+            file.truncate(33 * MIB + 5 * 4096)
+        command("sh", "-c", f"echo 'label: gpt\nsize=31MiB, type=uefi' | sfdisk --quiet {raw}")
+        for format in ("vpc", "vpc -o subformat=fixed", "qcow2", "raw"):
+            with self.subTest(format):
+                image = self.directory / "odd"
+                command("qemu-img", "convert", "-f", "raw", "-O", *format.split(), raw, image)
+                options: Any = SimpleNamespace(image=image)
+                status, lines = verdict(Rehearsal(options, inspect(image)))
+                commands = [line[2:] for line in lines[lines.index(VHD_HEADING) + 1 : -2]]
+                command("sh", "-e", "-c", "\n".join(commands), cwd=self.directory)
+                made = inspect(self.directory / "disk.vhd")
+                self.assertEqual((made.format, made.obstacle, made.size), ("vpc", "", 34 * MIB))
+                command("truncate", "--size=-512", self.directory / "disk.vhd")
+                command("sfdisk", "--verify", self.directory / "disk.vhd")
+                self.assertEqual(status, int("vpc" in format))
+
+    def test_generation_is_what_the_disk_can_boot_as(self) -> None:
+        image, loader = self.directory / "disk", self.directory / "loader"
+        loader.write_text("a loader")
+        start, size = BOOT_START * MIB // 512, (ROOT_START - BOOT_START) * 1024
+        for label, bits, cluster, name, expected in (
+            ("gpt", 12, 64, "BOOTX64.EFI", (2, "x86_64")),
+            ("gpt", 16, 4, "BOOTAA64.EFI", (2, "aarch64")),
+            ("gpt", 32, 1, "GRUBX64.EFI", (2, "x86_64")),  # it can boot as neither
+            ("dos", 32, 1, "BOOTX64.EFI", (2, "x86_64")),
+        ):
+            with open(str(image), "wb") as file:
+                file.truncate(DISK_SIZE * MIB)
+            partition(image, label, "type=uefi")
+            options = ("-F", bits, "-s", cluster, f"--offset={start}", "-h", start)
+            command("mkfs.vfat", *options, image, size)
+            mtools("mmd", image, "::EFI", "::EFI/BOOT")
+            mtools("mcopy", image, loader, f"::EFI/BOOT/{name}")
+            generation, architecture, why = choose_machine(inspect(image), 0)
+            self.assertEqual((generation, architecture), expected)
+            self.assertEqual("neither" in why, "GRUB" in name)
 
     def test_vhd_has_the_size_that_its_footer_states(self) -> None:
         """QEMU would go by the geometry, which cannot express every size."""
