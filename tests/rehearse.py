@@ -7,7 +7,6 @@ provisioning agent. Only QEMU is needed: no privileges, no network.
 
 import argparse
 import contextlib
-import math
 import os
 import queue
 import re
@@ -251,7 +250,7 @@ class Rehearsal:
         if boot.panic:
             self.fates[boot] = boot.panic
         elif boot.off.is_set():
-            self.fates[boot] = f"the VM turned itself off {seconds(boot, boot.active_time)}"
+            self.fates[boot] = "the VM turned itself off"
         elif boot.resets > MAX_RESETS:
             self.fates[boot] = "the VM resets again and again"
 
@@ -289,7 +288,7 @@ def metadata_requests(boot: VMBoot) -> List[Request]:
 
 def reports(boot: VMBoot, state: bytes) -> List[Request]:
     """The reports of STATE, Ready or NotReady, that Azure accepted, in XML or in JSON."""
-    pattern = rb'(<State>|"state"\s*:\s*")' + state + b'[<"]'
+    pattern = rb'(>|"state"\s*:\s*")\s*' + state + rb'\s*[<"]'
     health = [r for r in boot.requests if r.resource in ("health", "provisioning")]
     return [r for r in health if r.status in range(200, 300) and re.search(pattern, r.body)]
 
@@ -314,10 +313,9 @@ def deadline(boot: VMBoot, second: bool) -> float:
     ready, named, prompt = ready_time(boot), named_time(boot), boot.prompt_time
     times = [event.time for events in (boot.requests, boot.dhcp) for event in events]
     last = max(boot.started, prompt, *times)
-    if lost(boot):
-        return boot.active_time + 5
     if not prompt and not (named if second else ready):
-        return math.inf
+        pace = boot.active_time - boot.started
+        return boot.active_time + max(10 if lost(boot) else 120, pace / 2)
     pace = (last if second else ready or prompt) - boot.started
     finished = prompt and named and (ready or second)
     return last + (max(8, pace / 3) if finished else max(10, pace))
@@ -494,7 +492,7 @@ def agent(request: Request) -> str:
 
 def stays_up(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     for fate in rehearsal.fates.values():
-        return FAIL, f"{fate} ({seconds(rehearsal.last, rehearsal.last.active_time)})"
+        return FAIL, f"{fate}, {seconds(rehearsal.last, rehearsal.last.active_time)}"
     return PASS, ""
 
 

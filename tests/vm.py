@@ -53,6 +53,7 @@ LOADERS = {"x86_64": b"BOOTX64 EFI", "aarch64": b"BOOTAA64EFI"}  # short names o
 MAX_SEARCH, SEARCH_STEP = 4 * 1024 * 1024, 128 * 1024  # sectors
 
 KERNEL = re.compile(r"Linux version |^\[ *\d+\.\d{6}\] ")
+PROMPT = re.compile(r"(?<!Last )\blogin:")
 LONGEST_LINE = 4096  # bytes, of a console
 
 
@@ -543,8 +544,10 @@ class VMBoot:
         self._tell("Azure", describe(request))
 
     def _tell(self, source: str, text: str) -> None:
-        self.active_time = time.monotonic()
-        self.vm.listener(self.active_time, source, printable(text))
+        now = time.monotonic()
+        if source != "VM":
+            self.active_time = now
+        self.vm.listener(now, source, printable(text))
         with self._changed:
             self._changed.notify_all()
 
@@ -556,8 +559,7 @@ class VMBoot:
                     lines, self._rest = [*lines, self._rest], b""
                 for line in lines:
                     self._add_line(line)
-                if self._rest.rstrip().endswith(b"login:"):
-                    self.prompt_time = time.monotonic()
+                self._look_at(printable(self._rest))
 
     def _add_line(self, line: bytes) -> None:
         text = printable(line.rstrip(b"\r"))
@@ -565,13 +567,20 @@ class VMBoot:
         named = re.search(r" (\S+): renamed from eth0", text)
         if named or " net.ifnames=0" in text:  # the latter is the kernel's command line
             self.interface = named.group(1) if named else "eth0"
-        if "systemd" in text or "login:" in text:
-            self.stage = "system"
-        elif self.stage == "firmware" and KERNEL.search(text):
+        if self.stage == "firmware" and KERNEL.search(text):
             self.stage = "kernel"
         if "Kernel panic" in text:
             self.panic = text
+        self._look_at(text)
         self._tell("console", text)
+
+    def _look_at(self, text: str) -> None:
+        """Look for a login prompt; other lines may follow it at once."""
+        prompt = PROMPT.search(text)
+        if prompt and not self.prompt_time:
+            self.prompt_time = time.monotonic()
+        if prompt or "systemd" in text:
+            self.stage = "system"
 
     def _read_packets(self, descriptor: int) -> None:
         """Read a packet capture as it grows: https://wiki.wireshark.org/Development/LibpcapFileFormat."""
