@@ -346,7 +346,17 @@ def make_dvd(name: bytes, content: bytes) -> bytes:
 
 
 MACHINES = {1: "pc", 2: "q35"}  # of a generation
-CPUS = {"x86_64": "max", "aarch64": "max,pauth-impdef=on"}  # under emulation
+# Units of agents have ConditionVirtualization=microsoft. systemd knows Azure by DMI, but believes
+# QEMU's CPU first.
+CPUS = {
+    ("x86_64", "kvm"): "host,hypervisor=off",
+    ("x86_64", "tcg"): "max,hypervisor=off",
+    ("aarch64", "kvm"): "host",
+    ("aarch64", "tcg"): "max,pauth-impdef=on",
+}
+DMI = (
+    "type=1,manufacturer=Microsoft Corporation,product=Virtual Machine,version=Hyper-V UEFI Release"
+)
 
 
 class Setup(NamedTuple):
@@ -360,12 +370,12 @@ class Setup(NamedTuple):
 
     def machine(self) -> List[str]:
         """The beginning of QEMU's command line."""
-        arm, kvm = self.architecture == "aarch64", self.accelerator == "kvm"
+        arm = self.architecture == "aarch64"
         return [
             *(f"qemu-system-{self.architecture}", "-nodefaults", "-no-user-config"),
             *("-display", "none", "-accel", self.accelerator),
             *("-machine", "virt,gic-version=max" if arm else MACHINES[self.generation]),
-            *("-cpu", "host" if kvm else CPUS[self.architecture]),
+            *("-cpu", CPUS[self.architecture, self.accelerator]),
         ]
 
 
@@ -433,7 +443,8 @@ class VM:
         return [
             *setup.machine(),
             *("-m", "1024", *(firmware if setup.generation == 2 else ())),
-            *("-uuid", self.azure.vm_id, "-smbios", f"type=3,asset={AZURE_CHASSIS_ASSET_TAG}"),
+            *("-uuid", self.azure.vm_id, "-smbios", DMI),
+            *("-smbios", f"type=3,asset={AZURE_CHASSIS_ASSET_TAG}"),
             *("-chardev", "stdio,id=monitor,signal=off", "-mon", "monitor,mode=control"),
             *("-chardev", f"file,id=console,path=/dev/fd/{console}", "-serial", "chardev:console"),
             *("-netdev", f"user,id=net,{NETWORK}{forward}"),
@@ -570,7 +581,7 @@ class VMBoot:
         if self.stage == "firmware" and KERNEL.search(text):
             self.stage = "kernel"
         if "Kernel panic" in text:
-            self.panic = text
+            self.panic = text[text.index("Kernel panic") :]
         self._look_at(text)
         self._tell("console", text)
 

@@ -121,10 +121,10 @@ def two_agents(tree: Tree) -> None:
 
 
 def waagent(tree: Tree) -> None:
-    tree.write(
-        "etc/network/interfaces", "auto lo eth0\niface lo inet loopback\niface eth0 inet dhcp\n"
-    )
+    tree.write("etc/network/interfaces", "auto eth0\niface eth0 inet dhcp\n")
     tree.parameters += " net.ifnames=0"
+    file = tree.root / "etc/waagent.conf"
+    file.write_text(file.read_text().replace("=cloud-init", "=waagent"))
 
 
 CORRECTLY = "It will provision."
