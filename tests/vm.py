@@ -181,12 +181,17 @@ class Image(NamedTuple):
     size: int  # bytes, of the disk
     format: str  # of QEMU: raw, qcow2, vhdx, vpc
     obstacle: str = ""  # why Azure does not take this VHD
+    flat: Optional[Path] = None  # the file that has the disk's bytes as they are
 
     def read(self, start: int, size: int) -> bytes:
         """SIZE bytes of the disk, or as many as it has; both in whole sectors of 512."""
         size = min(-(-size // 512) * 512, (self.size - start) // 512 * 512)
         if size <= 0:
             return b""
+        if self.flat:
+            with self.flat.open("rb") as file:
+                file.seek(start)
+                return file.read(size)
         options = [f"file.{option}" for option in split_options(self.options)]
         part = ",".join(["driver=raw", f"offset={start}", f"size={size}", *options])
         with tempfile.NamedTemporaryFile(prefix="azure-vm-") as copy:
@@ -201,7 +206,7 @@ def inspect(path: Path) -> Image:
     QEMU is told the format, as it would open whatever files an image of its own choice names.
     """
     head, footer, size = read_ends(path)
-    obstacle, options = "", ""
+    obstacle, options, kind = "", "", 0
     if footer.startswith(b"conectix"):
         # QEMU would go by the geometry, which is smaller; Azure goes by the size that is stated.
         driver, options = "vpc", "force_size_calc=current_size,"
@@ -223,7 +228,8 @@ def inspect(path: Path) -> Image:
     options = f"driver={driver},{options}file.filename={filename}"
     words = ("--force-share", "--output=json", "--image-opts", options)
     found = json.loads(run_tool("qemu-img", "info", *words))
-    return Image(options, found["virtual-size"], driver, obstacle)
+    flat = path if driver == "raw" or (driver == "vpc" and kind == FIXED_VHD) else None
+    return Image(options, found["virtual-size"], driver, obstacle, flat)
 
 
 def read_ends(path: Path) -> Tuple[bytes, bytes, int]:

@@ -38,7 +38,7 @@ REHEARSE = [
     *("/usr/bin/python3", "-B", "-m", "tests.rehearse"),
 ]
 CLOUD_INIT = ("python3", "cloud-init", "ifupdown", "isc-dhcp-client")
-WAAGENT = ("python3", "waagent", "ifupdown", "isc-dhcp-client", "openssh-server", "parted")
+WAAGENT = ("python3", "waagent", "ifupdown", "isc-dhcp-client", "openssh-server", "parted", "eject")
 IFUPDOWN = ("python3", "ifupdown", "isc-dhcp-client")
 
 
