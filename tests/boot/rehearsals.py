@@ -121,7 +121,9 @@ def two_agents(tree: Tree) -> None:
 
 
 def waagent(tree: Tree) -> None:
-    tree.write("etc/network/interfaces", "auto eth0\niface eth0 inet dhcp\n")
+    # It finds the WireServer by an option of Azure's DHCP server, which QEMU's lacks, or a route.
+    route = "up ip route add 168.63.129.16 dev eth0"
+    tree.write("etc/network/interfaces", f"auto eth0\niface eth0 inet dhcp\n{route}\n")
     tree.parameters += " net.ifnames=0"
     file = tree.root / "etc/waagent.conf"
     file.write_text(file.read_text().replace("=cloud-init", "=waagent"))
