@@ -207,6 +207,8 @@ class VerdictTest(unittest.TestCase):
             status, lines = verdict(boots, reboot, "Kernel panic - not syncing")
             self.assertEqual(status, 1)
             self.assert_verdict(lines, "FAIL stays up: Kernel panic")
+        status, lines = verdict([FakeBoot()], fate="Kernel panic - not syncing")
+        self.assert_verdict(lines, "FAIL asks DHCP: .* 60 s: Kernel panic", "FAIL stays up: ")
 
     def test_vhd_that_azure_refuses_fails_and_the_commands_are_told(self) -> None:
         status, lines = verdict([], image=Image("driver=vpc", MIB, "vpc", "dynamic"))
@@ -249,7 +251,7 @@ class VerdictTest(unittest.TestCase):
 
             ids = (azure.incarnation, azure.container_id, azure.instance_id)
             report = azure_provision.HEALTH_REPORT.format(*ids)
-            for length in ("-1", "9" * 30):
+            for length in ("-1", "9999999"):
                 self.assertEqual(ask("/", {"Content-Length": length}), 413)
             self.assertIn(ask("/provisioning/health", init, '{"state": "Ready"}'), range(200, 300))
             self.assertEqual(ask("/machine?comp=goalstate", talos), 200)
@@ -368,6 +370,19 @@ class CommandLineTest(unittest.TestCase):
             process.send_signal(number)
             output, _ = process.communicate(timeout=30)
             self.assertEqual((process.returncode, output), (128 + number, "Stopped.\n"))
+
+    @unittest.skipUnless(shutil.which("qemu-system-x86_64"), "needs QEMU")
+    def test_signal_ends_it_while_a_vm_runs(self) -> None:
+        endless = b"\xeb\xfe".ljust(510, b"\0") + rehearse.SIGNATURE  # jmp $
+        image = self.file("endless", endless.ljust(MIB, b"\0"))
+        process = self.start(image, path=os.environ["PATH"])
+        assert process.stdout
+        while "first boot" not in process.stdout.readline():
+            self.assertIsNone(process.poll())
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=30)
+        self.assertEqual((process.returncode, errors), (128 + signal.SIGTERM, ""))
+        self.assertTrue(output.endswith("Stopped.\n"), output)
 
 
 if __name__ == "__main__":
