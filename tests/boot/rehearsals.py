@@ -38,7 +38,6 @@ REHEARSE = [
     *("/usr/bin/python3", "-B", "-m", "tests.rehearse"),
 ]
 CLOUD_INIT = ("python3", "cloud-init", "ifupdown", "isc-dhcp-client")
-WAAGENT = ("python3", "waagent", "ifupdown", "isc-dhcp-client", "openssh-server", "parted", "eject")
 IFUPDOWN = ("python3", "ifupdown", "isc-dhcp-client")
 
 
@@ -120,15 +119,6 @@ def two_agents(tree: Tree) -> None:
     install(tree)
 
 
-def waagent(tree: Tree) -> None:
-    # It finds the WireServer by an option of Azure's DHCP server, which QEMU's lacks, or a route.
-    route = "up ip route add 168.63.129.16 dev eth0"
-    tree.write("etc/network/interfaces", f"auto eth0\niface eth0 inet dhcp\n{route}\n")
-    tree.parameters += " net.ifnames=0"
-    file = tree.root / "etc/waagent.conf"
-    file.write_text(file.read_text().replace("=cloud-init", "=waagent"))
-
-
 CORRECTLY = "It will provision."
 INCORRECTLY = "It will provision, but not correctly."
 NOT = "It will not provision."
@@ -155,7 +145,6 @@ CASES = [
         packages=ARM_PACKAGES,
         generation=2,
     ),
-    Case(waagent, ["is the only agent +walinuxagent", "DVD"], packages=WAAGENT),
     Case(cloud_init, ["is the only agent +cloud-init"], packages=CLOUD_INIT),
     Case(
         two_agents,

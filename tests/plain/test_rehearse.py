@@ -155,6 +155,7 @@ class VerdictTest(unittest.TestCase):
         two_agents = FakeBoot("golden myset000000", SOUND, other_agent)
         lost = "ALERT!  LABEL=root does not exist.  Dropping to a shell!"
         no_root = FakeBoot(console=lost, prompt_time=0)
+        waagent = FakeBoot("golden", console="Started walinuxagent.service")
         both, renamed = [sound, sound], FakeBoot(interface="ens9")
         cases: Any = [
             (both, named, []),
@@ -166,6 +167,7 @@ class VerdictTest(unittest.TestCase):
             ([sound, renamed], None, ["FAIL second .* bound to ens3.* ens9 here"]),
             ([FakeBoot(stage="firmware", read_bytes=9)], None, ["FAIL asks DHCP: .*no kernel"]),
             ([golden], None, ["FAIL reaches Azure: .* unit is not enabled .* firewall"]),
+            ([waagent], None, [r"\? reaches Azure: .* waagent needs"]),
             ([refused], None, ["FAIL reports Ready: refused with status 400: no header$"]),
             ([not_ready], None, ["FAIL reports Ready: it reported NotReady: <Health>"]),
             ([asks_name], None, ["FAIL takes the .* for /metadata/instance/name, not"]),
