@@ -35,8 +35,8 @@ ROOT_SIZE = DISK_SIZE - ROOT_START - 1  # MiB; the last one is for the second co
 # Under emulation on a busy machine, the check of the timer can end in a panic.
 PARAMETERS = "console=ttyS0 no_timer_check"
 
-# systemd-networkd as images have it: whatever the interface is called, with IPv6 link-local on.
-NETWORK_FILE = "[Match]\nName=en* eth*\n\n[Network]\nDHCP=ipv4\n"
+# systemd-networkd as in the README: Azure's and QEMU's interface, with IPv6 link-local on.
+NETWORK_FILE = "[Match]\nDriver=hv_netvsc virtio_net\n\n[Network]\nDHCP=ipv4\n"
 
 
 def arm_image() -> Path:

@@ -26,6 +26,7 @@ from tests.boot.disk import (
 )
 from tests.boot.host import attempt, command, new_directory, note
 from tests.boot.in_a_vm import VMTest
+from tests.boot.trees import REHEARSED
 from tests.plain.harness import INSTALLER, ROOT, SCRIPT
 from tests.rehearse import VHD_HEADING, Rehearsal, choose_machine, verdict
 from tests.vm import MIB, inspect
@@ -236,6 +237,12 @@ class RehearsalTest(VMTest):
         tree = Tree(new_directory(), case.packages)
         tree.write("port", str(port))
         case.prepare(tree)
+        expected = REHEARSED.get(case.prepare.__name__)  # where both can see the same
+        if expected is not None:
+            done = attempt("python3", "-m", "tests.check", tree.root, cwd=ROOT)
+            self.assertEqual(done.returncode, int(expected != r"\A\Z"), done.stdout)
+            if done.returncode:
+                self.assertRegex(done.stdout, expected)
         raw, image = tree.disk(case.generation, case.mode), tree.directory / "image"
         command("qemu-img", "convert", "-f", "raw", "-O", *case.format.split(), raw, image)
         raw.unlink()
