@@ -29,7 +29,9 @@ from xml.etree import ElementTree
 
 Address = Tuple[str, int]
 
-WIRESERVER_VERSION = "2012-11-30"
+WIRESERVER_VERSIONS = ("2015-04-05", "2012-11-30")  # the preferred one first
+IMDS_VERSIONS = ("2017-03-01", "2025-04-07")  # the oldest and the newest
+MAX_BODY = 1024 * 1024  # bytes of a request
 
 GOAL_STATE = """\
 <?xml version="1.0" encoding="utf-8"?>
@@ -52,7 +54,7 @@ class Request(NamedTuple):
     """One request, as it arrived."""
 
     time: float  # of the monotonic clock
-    resource: str  # the last part of what it asks for: "goalstate", "health", "compute"
+    resource: str  # "goalstate", "health", "provisioning", or of IMDS the last part of the path
     method: str
     path: str
     headers: Dict[str, str]
@@ -139,6 +141,13 @@ class Silence(Fault):
         handler.azure.closing.wait()
 
 
+class Slow(Fault):
+    """Answer after some seconds, as the platform does; without ANSWER as the platform would."""
+
+    def __init__(self, seconds: float, answer: Optional[Status] = None) -> None:
+        self.seconds, self.answer = seconds, answer
+
+
 class Trickle(Raw):
     """Send START, then ENDLESS again and again, every INTERVAL seconds."""
 
@@ -175,8 +184,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Say nothing: FakeAzure.requests has it all."""
 
     def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = self.headers.get("Content-Length") or "0"
+        if not re.match(r"[0-9]{1,7}\Z", length) or int(length) > MAX_BODY:
+            self.send_error(413)
+            return
+        body = self.rfile.read(int(length))
         resource, answer = self.azure.answer(self, body)
+        if isinstance(answer, Slow):
+            self.azure.closing.wait(answer.seconds)
+            answer = answer.answer or self.azure.platform_answer(self, resource, body)
         asked = (time.monotonic(), resource, self.command, self.path, dict(self.headers), body)
         self.azure.record(Request(*asked, answer.status, answer.reason))
         self.close_connection = self.close_connection or isinstance(answer, Fault)
@@ -227,7 +243,9 @@ class FakeAzure:
         self.instance_id = f"{uuid.uuid4()}.MachineRole_IN_0"
         self.computer_name = "web-prod-01"
         self.vm_name = "web-prod-01-vm"
-        self.newest_version = "2025-04-07"  # that IMDS knows
+        self.newest_version = IMDS_VERSIONS[1]  # that IMDS knows
+        self.partial = False  # IMDS leaves osProfile out, unless it is asked with extended=true
+        self.rate_limit = 0  # requests a second that IMDS answers; 0: any number
         self.mac_address = "525400123456"
         self.ready = threading.Event()  # a valid health report has arrived
         self.closing = threading.Event()
@@ -235,6 +253,7 @@ class FakeAzure:
         self.on_request: Callable[[Request], None] = lambda request: None
         self._scripts: Dict[str, Tuple[List[Answer], Optional[Answer]]] = {}
         self._arrived = threading.Condition()
+        self._asked: List[float] = []  # when, in the last second
         self._servers = []
         for role, address in (("wireserver", wireserver), ("imds", imds)):
             handler = type("Handler", (Handler,), {"azure": self, "role": role})
@@ -276,7 +295,7 @@ class FakeAzure:
 
     def goal_state(self) -> str:
         return GOAL_STATE.format(
-            version=WIRESERVER_VERSION,
+            version=WIRESERVER_VERSIONS[1],
             incarnation=self.incarnation,
             container_id=self.container_id,
             instance_id=self.instance_id,
@@ -295,27 +314,32 @@ class FakeAzure:
         path, query = url.path.rstrip("/"), dict(parse_qsl(url.query))
         if handler.role == "imds":
             resource = path.rsplit("/", 1)[-1]
+        elif path == "/provisioning/health":
+            resource = "provisioning"
         else:
             resource = query.get("comp", "") if path in ("", "/machine") else "unknown"
         answers, forever = self._scripts.get(resource, ([], None))
         answer = answers.pop(0) if answers else forever
-        if answer:
-            return resource, answer
-        if handler.role == "imds":
-            return resource, self._imds(handler, path, query)
-        return resource, self._wireserver(handler, resource, body)
+        return resource, answer or self.platform_answer(handler, resource, body)
 
-    def _wireserver(self, handler: Handler, resource: str, body: bytes) -> Status:
+    def platform_answer(self, handler: Handler, resource: str, body: bytes) -> Status:
+        """What the platform answers by itself."""
+        if handler.role == "imds":
+            return self._imds(handler)
         if resource == "versions":
-            version = f"<Version>{WIRESERVER_VERSION}</Version>"
-            return Text(f"<Versions><Supported>{version}</Supported></Versions>")
+            versions = [f"<Version>{version}</Version>" for version in WIRESERVER_VERSIONS]
+            preferred, supported = versions[0], "".join(versions)
+            lists = f"<Preferred>{preferred}</Preferred><Supported>{supported}</Supported>"
+            return Text(f"<Versions>{lists}</Versions>")
+        if resource == "provisioning":
+            return self._provisioning(handler, body)
         method = {"goalstate": "GET", "health": "POST"}.get(resource)
         if method is None:
             return Status(404, "the fake WireServer does not have this")
         if handler.command != method:
             return Status(405, f"not a {method}")
-        if handler.headers.get("x-ms-version") != WIRESERVER_VERSION:
-            return Status(400, f"no header x-ms-version: {WIRESERVER_VERSION}")
+        if handler.headers.get("x-ms-version") not in WIRESERVER_VERSIONS:
+            return Status(400, f"no header x-ms-version: {' or '.join(WIRESERVER_VERSIONS)}")
         if resource == "health":
             return self._health(handler, body)
         return Status(200, self.goal_state(), {"Content-Type": "text/xml; charset=utf-8"})
@@ -342,15 +366,39 @@ class FakeAzure:
             self.ready.set()
         return Status(200)
 
-    def _imds(self, handler: Handler, path: str, query: Dict[str, str]) -> Status:
+    def _provisioning(self, handler: Handler, body: bytes) -> Status:
+        """What azure-init asks for; the goal state has no part in it."""
+        if handler.command != "POST":
+            return Status(405, "not a POST")
+        try:
+            state = json.loads(body.decode("utf-8"))["state"]
+        except (ValueError, LookupError, TypeError):
+            return Status(400, "not a provisioning report in JSON")
+        if state not in ("Ready", "NotReady"):
+            return Status(400, f"not a state: {state!r}")
+        if state == "Ready":
+            self.ready.set()
+        return Status(200)
+
+    def _imds(self, handler: Handler) -> Status:
+        url = urlsplit(handler.path)
+        path, query = url.path.rstrip("/"), dict(parse_qsl(url.query))
+        if self.rate_limit:
+            now = time.monotonic()
+            with self._arrived:
+                self._asked = [at for at in self._asked if at > now - 1] + [now]
+                if len(self._asked) > self.rate_limit:
+                    return Status(429, f"over {self.rate_limit} requests in a second")
         if handler.command != "GET":
             return Status(405, "not a GET")
         if handler.headers.get("Metadata", "").lower() != "true":
             return Status(400, "Required metadata header not specified")
         version = query.get("api-version", "")
-        if not "2017-03-01" <= version <= self.newest_version:
-            return Status(400, "api-version is invalid or was not specified in the request")
-        value: Any = self._metadata(version)
+        if not IMDS_VERSIONS[0] <= version <= self.newest_version:
+            error = "api-version is invalid or was not specified in the request"
+            versions = [self.newest_version, IMDS_VERSIONS[0]]
+            return Status(400, json.dumps({"error": error, "newest-versions": versions}))
+        value: Any = self._metadata(version, query.get("extended") == "true")
         for name in path.strip("/").split("/"):
             value = value.get(name) if isinstance(value, dict) else None
         if value is None:
@@ -360,7 +408,7 @@ class FakeAzure:
             return Status(200, text, {"Content-Type": "text/plain; charset=utf-8"})
         return Status(200, json.dumps(value), {"Content-Type": "application/json; charset=utf-8"})
 
-    def _metadata(self, version: str) -> Dict[str, Any]:
+    def _metadata(self, version: str, extended: bool) -> Dict[str, Any]:
         """The metadata tree of this VM as api-version VERSION has it."""
         compute: Dict[str, Any] = {
             "azEnvironment": "AzurePublicCloud",
@@ -371,7 +419,7 @@ class FakeAzure:
             "vmId": self.vm_id,
             "vmSize": "Standard_D2s_v5",
         }
-        if version >= "2020-07-15":
+        if version >= "2020-07-15" and (extended or not self.partial):
             compute["osProfile"] = {
                 "adminUsername": "azureuser",
                 "computerName": self.computer_name,
@@ -381,7 +429,10 @@ class FakeAzure:
         ipv4 = {"ipAddress": addresses, "subnet": [{"address": "10.0.0.0", "prefix": "24"}]}
         interface = {"ipv4": ipv4, "ipv6": {"ipAddress": []}, "macAddress": self.mac_address}
         network = {"interface": [interface]}
-        return {"metadata": {"instance": {"compute": compute, "network": network}}}
+        instance: Dict[str, Any] = {"compute": compute, "network": network}
+        if extended:
+            instance["extended"] = {"compute": {"hasCustomData": False, "ppsType": "None"}}
+        return {"metadata": {"instance": instance}}
 
 
 def describe(request: Request) -> str:

@@ -11,11 +11,13 @@ import sys
 import tempfile
 import time
 import unittest
+from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 from unittest import mock
 
 import azure_provision
+from azure_provision import IMDS, WIRESERVER
 from tests.fake_azure import FakeAzure
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -42,14 +44,17 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.pauses: List[float] = []
 
     def monotonic(self) -> float:
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        self.pauses.append(seconds)
         self.now += seconds
+
+    def wait_for_event(self, events: socket.socket, limit: float) -> Set[Tuple[int, int]]:
+        """No network event comes."""
+        self.sleep(limit)
+        return set()
 
 
 class Run(NamedTuple):
@@ -168,6 +173,11 @@ class ScriptTest(unittest.TestCase):
         self.addCleanup(machine.remove)
         return machine
 
+    def connection(self, host: str, timeout: float) -> HTTPConnection:
+        """A connection to the fake in the platform's place."""
+        fakes = {WIRESERVER: self.azure.wireserver, IMDS: self.azure.imds}
+        return HTTPConnection(fakes.get(host, host), timeout=timeout)
+
     def unused_port(self) -> socket.socket:
         """A socket that does not listen yet: connections to its address are refused."""
         unused = socket.socket()
@@ -186,7 +196,8 @@ class ScriptTest(unittest.TestCase):
 
         Without ENDPOINTS the fake has the platform's place. OPTIONS are those of stand_ins().
         """
-        defaults = {"WIRESERVER": self.azure.wireserver, "IMDS": self.azure.imds, "time": Clock()}
+        defaults: Dict[str, Any] = {"time": Clock(), "HTTPConnection": self.connection}
+        defaults["wait_for_event"] = dict(defaults, **options)["time"].wait_for_event
         stand_ins = (machine or self.machine()).stand_ins(**dict(defaults, **options))
         words = [*(self.endpoints if endpoints else ()), *arguments]
         printed, errors = io.StringIO(), io.StringIO()  # by argparse
