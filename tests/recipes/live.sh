@@ -19,5 +19,5 @@ rm -rf /etc/cloud /var/lib/cloud /var/lib/waagent
 
 "$recipes/generalize.sh" /
 cd "$recipes/../.."
-./install.sh --check
+"${PYTHON:-python3}" -m tests.check
 sync

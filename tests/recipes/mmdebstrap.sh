@@ -5,6 +5,7 @@ set -eu
 directory=${1:?usage: mmdebstrap.sh DIRECTORY [SUITE]} suite=${2:-bookworm}
 recipes=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 mkdir -p "$directory"
+directory=$(CDPATH='' cd -- "$directory" && pwd)
 tree=$directory/tree disk=$directory/disk.raw root=$directory/root
 
 mmdebstrap --variant=minbase --include="systemd-sysv,systemd-resolved,dbus,udev,python3,\
@@ -14,13 +15,15 @@ LABEL=root / ext4 defaults 0 1
 LABEL=ESP /boot/efi vfat umask=0077 0 1
 EOF
 cat >"$tree/etc/default/grub.d/azure.cfg" <<'EOF'
-# Azure shows the serial port as boot diagnostics, and its network interface is always eth0.
-GRUB_CMDLINE_LINUX="console=ttyS0 net.ifnames=0"
+# Azure shows the serial port as boot diagnostics, and its network interface is always eth0. Where
+# no udev tells what the root's UUID is, update-grub writes the builder's loop device before this.
+GRUB_CMDLINE_LINUX="root=LABEL=root console=ttyS0 net.ifnames=0"
 GRUB_TIMEOUT=1
 EOF
 touch "$tree/etc/grub.d/enable_cloud" # GRUB installs itself again when it is upgraded in a VM
+"$recipes/user.sh" "$tree" "$recipes/authorized_keys"
 "$recipes/generalize.sh" "$tree"
-(cd "$recipes/../.." && DESTDIR=$tree ./install.sh --check)
+(cd "$recipes/../.." && python3 -m tests.check "$tree")
 
 # Space for GRUB's code of generation 1, a file system for that of generation 2, the root.
 truncate -s 2G "$disk"
