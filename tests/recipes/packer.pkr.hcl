@@ -44,12 +44,13 @@ build {
   provisioner "shell-local" {
     inline = [
       "cd '${path.root}/../..'",
-      "tar -czf /tmp/azure-provision.tar.gz --exclude=build --exclude=.git .",
+      "mkdir -p tests/recipes/build",
+      "tar -czf tests/recipes/build/azure-provision.tar.gz --exclude=build --exclude=.git .",
     ]
   }
 
   provisioner "file" {
-    source      = "/tmp/azure-provision.tar.gz"
+    source      = "${path.root}/build/azure-provision.tar.gz"
     destination = "/tmp/azure-provision.tar.gz"
     generated   = true
   }
