@@ -1,18 +1,15 @@
 """The recipes in tests/recipes, run as they are, up to VMs that provision.
 
 `python3 -m unittest tests.boot.recipes`, as root; BOOT_FIGURES is a file for what the VMs say.
-They run in a copy of this repository, in a directory with a space in its name.
 """
 
-import contextlib
 import json
 import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Iterator, List, Sequence
+from typing import List, Sequence
 
 from azure_provision import UNIT
 from tests.boot.container import add_service, image, mirror, write
@@ -25,32 +22,29 @@ from tests.vm import VM, Setup, split_options
 
 TIMEOUT = 600  # seconds, for what a VM does under emulation
 
-# What such a VM on Azure has: Debian's cloud-init and waagent, which the recipe removes.
-AGENTS = ("cloud-init", "waagent", "netplan.io", "isc-dhcp-client", "openssh-server")
-
 RECIPES = "tests/recipes"
 RULE = "etc/udev/rules.d/68-azure-sriov-unmanaged.rules"
 
-# What no two VMs of an image may share: the machine-id and the host keys. And what has failed.
+# What such a VM on Azure has: Debian's cloud-init and waagent, which the recipe removes.
+AGENTS = ["cloud-init", "waagent", "netplan.io", "isc-dhcp-client"]
+PACKAGES = ["python3", "sudo", *AGENTS, "openssh-server"]
+
+# What no two VMs of an image may share, the machine-id and the host keys; and what has failed.
 IDENTITY = """\
 keys=$(for key in /etc/ssh/ssh_host_*_key.pub; do ssh-keygen -lf "$key"; done | cut -d " " -f 2)
 echo $({login} cat /etc/machine-id) $keys, failed: $(systemctl list-units --failed --no-legend)
 """
-# The user of the image logs in.
+# The user of the image logs in, and is root.
 LOGIN = (
     "ssh -i /usr/local/key -o BatchMode=yes -o StrictHostKeyChecking=no -o LogLevel=ERROR"
     " azureuser@localhost sudo"
 )
 
 
-def copy_project(directory: Path) -> Path:
-    """A copy of this repository in DIRECTORY, with a key, whose private half is DIRECTORY/key."""
-    project = directory / "azure provision"
-    hidden = shutil.ignore_patterns(".*", "build", "__pycache__")
-    shutil.copytree(str(ROOT), str(project), ignore=hidden)
-    command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / "key")
-    shutil.copy(str(directory / "key.pub"), str(project / RECIPES / "authorized_keys"))
-    return project
+def add_identity_service(root: Path, login: str = "") -> None:
+    """Have it say who it is before the login prompt, which tests.rehearse awaits."""
+    script = IDENTITY.format(login=login)
+    add_service(root, "identity", script, after="ssh.service", before="serial-getty@ttyS0.service")
 
 
 def identities(console: str) -> List[List[str]]:
@@ -59,49 +53,33 @@ def identities(console: str) -> List[List[str]]:
     return [identity.split() for identity in said]
 
 
-def add_identity_service(root: Path, login: str = "") -> None:
-    """Have it say who it is before the login prompt, which tests.rehearse awaits."""
-    write(root, "etc/systemd/system-preset/00-identity.preset", "enable identity.service\n")
-    script = IDENTITY.format(login=login)
-    add_service(root, "identity", script, after="ssh.service", before="serial-getty@ttyS0.service")
-
-
-@contextlib.contextmanager
-def mounted(disk: Path) -> Iterator[Path]:
-    """Mount the last partition of DISK, its root, beside it."""
-    root = disk.with_name("mounted")
-    root.mkdir()
-    table = json.loads(command("sfdisk", "--json", disk))["partitiontable"]
-    start = table["partitions"][-1]["start"] * table.get("sectorsize", 512)
-    command("mount", "-o", f"loop,offset={start}", disk, root)
-    try:
-        yield root
-    finally:
-        command("umount", root)
-
-
-class ImageTest(VMTest):
-    """A recipe that makes an image."""
+class RecipeTest(VMTest):
+    """A test with a copy of this repository, `self.project`, and a key, whose owner may log in."""
 
     def setUp(self) -> None:
         super().setUp()
-        self.started = time.monotonic()
-        self.addCleanup(lambda: self.figure("all"))
-        self.project = copy_project(self.directory)
-
-    def figure(self, what: str) -> None:
-        note(
-            f"{self.id().rsplit('.', 1)[-1]}: {what} after {time.monotonic() - self.started:.0f} s"
-        )
+        self.project = self.directory / "azure provision"
+        ours = shutil.ignore_patterns(".*", "build", "__pycache__")
+        shutil.copytree(str(ROOT), str(self.project), ignore=ours)
+        self.recipes = self.project / RECIPES
+        self.key = self.directory / "key"
+        command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.key)
+        self.public_key = self.key.with_suffix(".pub").read_text(encoding="utf-8")
+        write(self.recipes, "authorized_keys", self.public_key)
 
     def add_identity_to(self, disk: Path) -> None:
-        with mounted(disk) as root:
-            add_identity_service(root, LOGIN)
-            shutil.copy(str(self.directory / "key"), str(root / "usr/local/key"))
+        """Add the service to the last partition of DISK, its root."""
+        table = json.loads(command("sfdisk", "--json", disk))["partitiontable"]
+        offset = table["partitions"][-1]["start"] * 512
+        root = self.directory / "mounted"
+        root.mkdir()
+        command("mount", "-o", f"loop,offset={offset}", disk, root)
+        add_identity_service(root, LOGIN)
+        shutil.copy(str(self.key), str(root / "usr/local/key"))
+        command("umount", root)
 
     def rehearse(self, disk: Path, generation: int, builder: Sequence[str] = ()) -> None:
         """DISK provisions, and each VM of it has an identity of its own, and keeps it."""
-        self.figure("built")
         console = self.directory / "console"
         options = (f"--generation={generation}", f"--timeout={TIMEOUT}", f"--console={console}")
         done = attempt(sys.executable, "-m", "tests.rehearse", disk, *options, cwd=ROOT)
@@ -115,78 +93,71 @@ class ImageTest(VMTest):
         self.assertEqual(len(set(everything)), len(everything), everything)
 
 
-class PackerTest(ImageTest):
-    """Packer, in a container of Debian that stands for the VM."""
+class PackerTest(RecipeTest):
+    """Packer, with a container of Debian that stands for the VM."""
 
     def setUp(self) -> None:
         skip_if([] if which("packer") else ["packer"])
         super().setUp()
-        self.tree = Tree(self.directory, ("python3", "sudo", *AGENTS))
+        self.template = self.recipes / "packer.pkr.hcl"
+        self.tree = Tree(self.directory, PACKAGES)
         command("chroot", self.tree.root, "useradd", "--create-home", "packer")
-        keys = (self.directory / "key.pub").read_text(encoding="utf-8")
-        self.tree.write("home/packer/.ssh/authorized_keys", keys)
+        self.tree.write("home/packer/.ssh/authorized_keys", self.public_key)
         self.tree.write("etc/sudoers.d/packer", "packer ALL=(ALL) NOPASSWD: ALL\n")
         self.network = Namespace()
         self.addCleanup(self.network.remove)
 
     def container(self, line: str) -> List[str]:
-        """Run a line of shell in the tree."""
+        """The command that runs a line of shell in the tree."""
+        network = f"--network-namespace-path={self.network.path}"
         return [
-            *("systemd-nspawn", "--quiet", "--pipe", "--register=no", "--keep-unit"),
+            *("systemd-nspawn", "--quiet", "--pipe", "--register=no", "--keep-unit", network),
             *(f"--machine={self.directory.name}", f"--directory={self.tree.root}"),
-            *(
-                f"--bind={self.project}:/srv/project",
-                f"--network-namespace-path={self.network.path}",
-            ),
-            *("--kill-signal=SIGKILL", "/bin/sh", "-c", line),
+            *(f"--bind={self.project}:/srv/project", "--kill-signal=SIGKILL"),
+            *("/bin/sh", "-c", line),
         ]
 
-    def packer(self) -> "subprocess.CompletedProcess[str]":
-        line = "mkdir -p /run/sshd && exec /usr/sbin/sshd -D"
-        with subprocess.Popen(self.container(line), stderr=subprocess.DEVNULL) as machine:
+    def packer(self, status: int) -> str:
+        """Run the provisioners; return what Packer says."""
+        sshd = self.container("mkdir -p /run/sshd && exec /usr/sbin/sshd -D")
+        build = ("packer", "build", "-color=false", "-only=null.*", self.template)
+        with subprocess.Popen(sshd, stderr=subprocess.DEVNULL) as machine:
             try:
-                template = self.project / RECIPES / "packer.pkr.hcl"
-                build = ("packer", "build", "-color=false", "-only=null.*", template)
-                return attempt(
+                done = attempt(
                     *("ip", "netns", "exec", self.network.name, "ssh-agent", "sh", "-ec"),
-                    *('ssh-add "$0" && exec "$@"', self.directory / "key", *build),
-                    CHECKPOINT_DISABLE=1,
+                    *('ssh-add "$0" && exec "$@"', self.key, *build),
+                    CHECKPOINT_DISABLE=1,  # it would ask whether there is a newer Packer
                 )
             finally:
                 machine.terminate()
+        self.assertEqual(done.returncode, status, done.stdout)
+        return done.stdout
 
-    def assert_sound(self, said: str) -> None:
+    def check(self, status: int) -> None:
+        """What tests.check makes of the tree."""
         found = attempt(sys.executable, "-m", "tests.check", self.tree.root, cwd=ROOT)
-        self.assertEqual(found.returncode, 0, f"{found.stdout}\n{said}")
-        root = self.tree.root
-        self.assertEqual(list(root.glob("etc/ssh/ssh_host_*")), [])
-        self.assertEqual((root / "etc/machine-id").read_text(), "")
+        self.assertEqual(found.returncode, status, found.stdout)
 
     def test_installer_that_refuses_fails_the_build(self) -> None:
         self.tree.systemctl("mask", UNIT)
-        done = self.packer()
-        self.assertEqual(done.returncode, 1, done.stdout)
-        self.assertRegex(done.stdout, "install.sh: .* masked")
+        self.assertRegex(self.packer(status=1), "install.sh: .* masked")
 
     def test_image_is_sound_and_so_is_that_of_its_vm(self) -> None:
-        command(
-            "packer", "validate", self.project / RECIPES / "packer.pkr.hcl", CHECKPOINT_DISABLE=1
-        )
-        root = self.tree.root
-        done = self.packer()
-        self.assertEqual(done.returncode, 0, done.stdout)
-        self.assert_sound(done.stdout)
-        self.assertTrue((root / RULE).exists())
-        users = (root / "etc/passwd").read_text()
-        self.assertNotIn("packer", users)
-        self.assertIn("azureuser", users)
-        self.assertFalse((root / "root/azure-provision").exists())
+        command("packer", "validate", self.template, CHECKPOINT_DISABLE=1)
+        self.packer(status=0)
+        self.check(status=0)
+        etc = self.tree.root / "etc"
+        self.assertEqual(list(etc.glob("ssh/ssh_host_*")), [])
+        self.assertEqual((etc / "machine-id").read_text(), "")
+        self.assertTrue((self.tree.root / RULE).exists())
+        homes = [home.name for home in (self.tree.root / "home").iterdir()]
+        self.assertEqual(homes, ["azureuser"])
 
         first_boot = f"systemctl disable {UNIT} && ssh-keygen -A && systemd-machine-id-setup"
         command(*self.container(first_boot))
-        found = attempt(sys.executable, "-m", "tests.check", root, cwd=ROOT)
-        self.assertEqual(found.returncode, 1, found.stdout)
-        self.assert_sound(command(*self.container(f"/srv/project/{RECIPES}/live.sh")))
+        self.check(status=1)
+        command(*self.container(f"/srv/project/{RECIPES}/live.sh"))
+        self.check(status=0)
 
 
 # On Azure, and nothing that only takes time: neither mirrors nor locales.
@@ -196,27 +167,28 @@ cloud_config_modules: []
 cloud_final_modules: []
 """
 # On the builder, once cloud-init is done: what an engineer would do who is logged in. Then its
-# interface becomes a slave, as that of accelerated networking is, and the rule's driver is QEMU's.
+# interface becomes a slave, like that of accelerated networking, and the rule takes its driver.
 BUILD = f"""\
 cat /etc/netplan/50-cloud-init.yaml
 "/srv/azure provision/{RECIPES}/live.sh"
 echo "recipe: status $?"
 systemctl --quiet disable build.service
 rm -rf /srv/azure* /usr/local/build /etc/systemd/system/build.service
-sync
+mkdir -p /run/udev/rules.d
 sed s/mana/virtio_net/ /{RULE} >/run/udev/rules.d/68-test.rules
-interface=$(basename $(ls -d /sys/class/net/en*))
-properties() {{ udevadm test /sys/class/net/$interface 2>&1 | grep -c UNMANAGED; }}
+interface=$(basename /sys/class/net/en*)
+properties() {{ udevadm test /sys/class/net/$interface 2>/dev/null | grep -ci unmanaged; }}
 echo "properties before: $(properties)"
 ip link add bond0 type bond && ip link set $interface down && ip link set $interface master bond0
 echo "properties of a slave: $(properties)"
+sync
 systemctl poweroff
 """
 
 
-class LiveTest(ImageTest):
+class LiveTest(RecipeTest):
     def test_vm_of_cloud_init_becomes_an_image_whose_vms_provision(self) -> None:
-        tree = Tree(self.directory / "tree", ("python3", "sudo", *AGENTS))
+        tree = Tree(self.directory / "tree", PACKAGES)
         tree.write("etc/cloud/cloud.cfg.d/90-azure.cfg", CLOUD_INIT)
         add_identity_service(tree.root)
         agents = "cloud-final.service walinuxagent.service identity.service"
@@ -228,9 +200,8 @@ class LiveTest(ImageTest):
             self.assertTrue(boot.wait(boot.off.is_set, TIMEOUT), boot.console)
             self.assertTrue(vm.azure.ready.is_set(), boot.console)
             self.assertRegex(boot.console, f'macaddress: "?{vm.mac}')
-            self.assertIn("recipe: status 0", boot.console)
-            self.assertIn("properties before: 0", boot.console)
-            self.assertIn("properties of a slave: 3", boot.console)
+            for text in ("recipe: status 0", "properties before: 0", "properties of a slave: 3"):
+                self.assertIn(text, boot.console)
             (builder,) = identities(boot.console)
             source = [f"driver=qcow2,file.filename={vm.path('disk')}"]
             source += [f"backing.{option}" for option in split_options(vm.image.options)]
@@ -238,17 +209,17 @@ class LiveTest(ImageTest):
         self.rehearse(disk, 1, builder)
 
 
-class MmdebstrapTest(ImageTest):
+class MmdebstrapTest(RecipeTest):
     def test_disk_provisions_and_boots_in_both_generations(self) -> None:
-        out = self.directory / "out"
-        command(self.project / RECIPES / "mmdebstrap.sh", out)
-        disk = out / "disk.vhd"
+        command(self.recipes / "mmdebstrap.sh", self.directory / "an image")
+        disk = self.directory / "an image/disk.vhd"
         self.add_identity_to(disk)
         self.rehearse(disk, 1)
         with VM(disk, Setup(2)) as vm, vm.boot() as boot:
             self.assertTrue(boot.wait(vm.azure.ready.is_set, TIMEOUT), boot.console)
 
 
+# This machine's mirror, which may have neither security updates nor debugging symbols.
 SOURCES = """\
 Types: deb
 URIs: {mirror}
@@ -262,13 +233,13 @@ mount -t proc proc root/proc
 mount --rbind /sys root/sys
 mount --rbind /dev root/dev
 mount -t tmpfs tmpfs root/run
-mkdir root/work
-mount --bind "$0" root/work
-exec chroot root sh -c 'cd "/work/tests/recipes/mkosi" && exec mkosi build'
+mkdir "root/a clone"
+mount --bind "$0" "root/a clone"
+exec chroot root sh -c 'cd "/a clone/tests/recipes/mkosi" && exec mkosi build'
 """
 
 
-class MkosiTest(ImageTest):
+class MkosiTest(RecipeTest):
     """With the mkosi of Debian 13."""
 
     def test_disk_provisions_although_presets_disable_everything(self) -> None:
@@ -277,17 +248,16 @@ class MkosiTest(ImageTest):
         command("cp", "--archive", "--reflink=auto", mkosi, root)
         for name in ("resolv.conf", "hosts"):
             shutil.copy(f"/etc/{name}", str(root / "etc"))
-        recipe = self.project / RECIPES / "mkosi"
-        # This machine's mirror may be without security updates.
+        recipe = self.recipes / "mkosi"
         sources = "mkosi.sandbox/etc/apt/sources.list.d/mkosi.sources"
         write(recipe, sources, SOURCES.format(mirror=mirror()[0]))
         # As Fedora and RHEL have it. mkosi applies the presets after its postinst.
         presets = "mkosi.extra/usr/lib/systemd/system-preset/99-default.preset"
         write(recipe, presets, "disable *\n")
-        isolated = ("unshare", "--mount", "--pid", "--fork")
-        done = attempt(*isolated, "sh", "-ec", RUN_MKOSI, self.project, cwd=self.directory)
+        isolated = ("unshare", "--mount", "--pid", "--fork", "sh", "-ec", RUN_MKOSI)
+        done = attempt(*isolated, self.project, cwd=self.directory)
         self.assertEqual(done.returncode, 0, done.stdout)
-        command(self.project / RECIPES / "vhd.sh", recipe / "build/image.raw")
+        command(self.recipes / "vhd.sh", recipe / "build/image.raw")
         disk = recipe / "build/image.vhd"
         self.add_identity_to(disk)
         self.rehearse(disk, 2)
