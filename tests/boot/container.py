@@ -217,10 +217,10 @@ class ContainerBoot:
             if not self._changed.wait_for(lambda: text in self.console, 30):
                 raise AssertionError(f"the console does not say {text!r}:\n{self.console}")
 
-    def finish(self) -> None:
+    def finish(self, timeout: int = 60) -> None:
         """Wait until the machine has told how the boot went and has powered itself off."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(60)
+            self._process.wait(timeout)
         if not (self.report / "complete").exists():
             raise AssertionError(f"the boot did not end, or too early:\n{self.console}")
         self.hostname, self.etc_hostname, self.enabled, unit, journal = (

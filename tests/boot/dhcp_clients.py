@@ -1,12 +1,13 @@
-"""Each DHCP client as Debian configures it, with a fast DHCP server and with one that takes 3 s.
+"""Each DHCP client as Debian configures it, and servers that are slow: DHCP's, and Azure's.
 
 `python3 -m unittest tests.boot.dhcp_clients`, as root; BOOT_COUNT=N boots each N times (1).
 """
 
 import os
 
-from tests.boot.container import Container, enable
+from tests.boot.container import BootTest, Container, enable
 from tests.boot.test_dhcp import CLIENTS, CONNECT, RECONFIGURE, Client, DhcpBootTest
+from tests.fake_azure import Slow
 
 COUNT = int(os.environ.get("BOOT_COUNT", "1"))
 
@@ -46,6 +47,17 @@ MORE_CLIENTS = [
 ]
 
 
+class SlowAzureTest(BootTest):
+    def test_answers_that_take_35_seconds_each_are_waited_for(self) -> None:
+        self.network.add_platform()
+        for resource in ("goalstate", "health", "instance"):
+            self.azure.script(resource, [Slow(35)])
+        with self.machine().start(self.network) as boot:
+            boot.finish(timeout=180)
+        self.assert_provisioned(boot)
+        self.assertEqual(self.resources(), ["goalstate", "health", "instance"])
+
+
 class StockTest(DhcpBootTest):
     def test_each_client_publishes_the_name(self) -> None:
         for client in (*CLIENTS, *MORE_CLIENTS):
@@ -57,8 +69,8 @@ class StockTest(DhcpBootTest):
         machine = self.machine()
         machine.use_networkd()
         with machine.start(self.network) as boot:
-            self.azure.wait_for("compute")
+            self.azure.wait_for("instance")
             server.stop()
             boot.finish()
         self.assert_provisioned(boot)
-        self.assert_line(boot, "<5>Hostname not published: the network of host0 is not back after")
+        self.assert_line(boot, "<5>host0 has no network again after 30 s")

@@ -55,7 +55,7 @@ class WholeTest(VMTest):
             names = [request.name for request in boot.dhcp if request.kind == "REQUEST"]
             ready = next(request.time for request in boot.requests if request.resource == "health")
             note(f"{publish}: {names}, Ready after {ready - boot.started:.1f} s")
-            self.assertIn(f"Hostname published by {publish}, in ", boot.console)
+            self.assertIn(f"DHCP request sent again by {publish}", boot.console)
             self.assertEqual((names[0], names[-1]), ("golden-image", "rehearsal000000"))
 
     def test_each_client_of_debian_13_publishes_the_name(self) -> None:

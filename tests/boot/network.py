@@ -49,6 +49,13 @@ class Namespace:
             return FakeAzure(wireserver, imds, lambda at: thread.submit(listen, at).result())
 
 
+def add_interface(host: Namespace, name: str) -> None:
+    """Add an interface that leads nowhere: the other end of its cable is up, and on the floor."""
+    other_end = f"{name}-end"
+    host.ip("link", "add", name, "type", "veth", "peer", "name", other_end)
+    host.ip("link", "set", other_end, "up")
+
+
 def connect(router: Namespace, host: Namespace) -> str:
     """Lay a cable between two namespaces; return the name of its router's end."""
     cable = "cable"

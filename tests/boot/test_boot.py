@@ -4,28 +4,27 @@ from pathlib import Path
 from typing import List
 
 from azure_provision import IMDS, UNIT, WIRESERVER
-from tests.boot.container import BootTest, write
+from tests.boot.container import BootTest, add_service, write
 from tests.fake_azure import Answer, Raw, Silence, Status
 
 STEPS = [
-    r"<6>ContainerId: [0-9a-f-]{36}",
-    r"<6>InstanceId: [0-9a-f-]{36}\.MachineRole_IN_0",
     r"<6>Health report: <Health>.*<State>Ready</State>.*</Health>",
     r"<6>Response: 200 OK",
     r"<6>Hostname: web-prod-01 \(computerName\)",
     r"<6>Hostname set by hostnamectl",
-    r"<5>Hostname not published: there is no default route; reboot, or restart the DHCP client",
+    r"<5>DHCP request not sent again: no route to 168\.63\.129\.16; .*",
     r"<6>azure-provisioning\.service disabled",
     r"<6>Provisioned as web-prod-01 in \d\.\d\d s",
 ]
 
+LOOPBACK = "127.0.0.1"
 ELSEWHERE = "168.0.0.2"  # in QEMU's network, the machine that runs it
 # Runs instead of the script: tells where the unit can write, and what it can reach.
 SANDBOX_PROBE = f"""\
 for directory in / /* /run/* /run/systemd/system /sys/fs/cgroup /usr/local /var/*; do
     [ ! -d "$directory" ] || ! (: >"$directory/.probe") 2>/dev/null || echo "writable: $directory"
 done
-for address in {WIRESERVER} {IMDS} {ELSEWHERE}; do
+for address in {WIRESERVER} {IMDS} {LOOPBACK} {ELSEWHERE}; do
     (echo >"/dev/udp/$address/9") 2>/dev/null && echo "reachable: $address"
 done
 (echo >/proc/sys/kernel/ostype) 2>/dev/null && echo "writable: /proc/sys"
@@ -41,9 +40,19 @@ ExecStart=
 ExecStart=/bin/bash /usr/local/probe
 """
 SANDBOX_ALLOWS = [
-    *("writable: /etc", "writable: /tmp", "writable: /run/shm", "writable: /var/tmp"),
-    *(f"reachable: {WIRESERVER}", f"reachable: {IMDS}"),
+    *("writable: /etc", "writable: /run/shm"),
+    *(f"reachable: {address}" for address in (WIRESERVER, IMDS, LOOPBACK)),
 ]
+
+
+# What systemd needs for its IP filter, and a container lacks.
+IP_FILTER = ["--system-call-filter=bpf", "--capability=all"]
+
+ISOLATE = """\
+systemctl isolate rescue.target
+echo back from rescue.target
+systemctl --no-block isolate multi-user.target
+"""
 
 
 def add_probe(root: Path) -> None:
@@ -63,7 +72,7 @@ class FirstBootTest(BootTest):
         machine = self.machine()
         boot = machine.boot(self.network)
         self.assert_provisioned(boot)
-        self.assertEqual(self.resources(), ["goalstate", "health", "compute"])
+        self.assertEqual(self.resources(), ["goalstate", "health", "instance"])
         self.assertIn(b"<GoalStateIncarnation>3<", self.azure.asked("health")[0].body)
         self.assertEqual(len(boot.lines), len(STEPS), boot)
         for step, line in zip(STEPS, boot.lines):
@@ -84,9 +93,9 @@ class FirstBootTest(BootTest):
             with self.network.azure(imds=elsewhere) as self.azure:
                 self.azure.script("goalstate", flaws)
                 self.azure.script("health", flaws)
-                boot.wait_for_console("2021-02-01: Connection refused; retrying")
+                boot.wait_for_console("extended=true: Connection refused; retrying")
                 with self.network.azure(wireserver=elsewhere) as metadata:
-                    metadata.script("compute", flaws)
+                    metadata.script("instance", flaws)
                     boot.finish()
         self.assert_provisioned(boot)
         self.assertEqual(self.resources(), ["goalstate"] * 4 + ["goalstate", "health"] * 5, boot)
@@ -127,17 +136,17 @@ class FirstBootTest(BootTest):
         self.assert_provisioned(machine.boot(self.network), "myset000000")
 
     def test_power_lost_between_ready_and_the_hostname(self) -> None:
-        self.azure.script("compute", [Silence()])
+        self.azure.script("instance", [Silence()])
         machine = self.machine()
         with machine.start(self.network):
-            self.azure.wait_for("compute")
+            self.azure.wait_for("instance")
         asked = len(self.azure.requests)
         self.assertTrue(self.azure.ready.is_set())
         self.assertEqual((machine.root / "etc/hostname").read_text(), "golden-image\n")
 
         self.azure.ready.clear()
         self.assert_provisioned(machine.boot(self.network))
-        self.assertEqual(self.resources()[asked:], ["goalstate", "health", "compute"])
+        self.assertEqual(self.resources()[asked:], ["goalstate", "health", "instance"])
 
     def test_another_platform_boots_at_once_and_nothing_is_sent(self) -> None:
         machine = self.machine()
@@ -153,7 +162,28 @@ class FirstBootTest(BootTest):
         self.network.ip("address", "add", f"{ELSEWHERE}/32", "dev", "lo")
         machine = self.machine()
         add_probe(machine.root)
-        # What systemd needs for its IP filter, and a container lacks.
-        machine.options += ["--system-call-filter=bpf", "--capability=all"]
+        machine.options += IP_FILTER
         boot = machine.boot(self.network)
         self.assertEqual(boot.lines, [f"<6>{line}" for line in SANDBOX_ALLOWS], boot)
+
+    def test_guest_proxy_agent_on_the_loopback_can_be_reached_through_the_ip_filter(self) -> None:
+        """It takes the connections to the platform's addresses, at 127.0.0.1."""
+        proxy = self.network.azure((LOOPBACK, 3080), (LOOPBACK, 3081))
+        machine = self.machine()
+        arguments = "--wireserver 127.0.0.1:3080 --imds 127.0.0.1:3081"
+        script = f"ExecStart=/usr/bin/python3 /usr/local/sbin/azure_provision.py {arguments}\n"
+        machine.write(f"etc/systemd/system/{UNIT}.d/proxy.conf", f"[Service]\nExecStart=\n{script}")
+        machine.options += IP_FILTER
+        with proxy:
+            boot = machine.boot(self.network)
+            self.assertTrue(proxy.ready.is_set(), boot)
+        self.assertEqual(boot.hostname, "web-prod-01", boot)
+
+    def test_isolating_another_target_and_back_does_not_run_it_again(self) -> None:
+        machine = self.machine()
+        add_service(machine.root, "isolate", ISOLATE)
+        settings = "[Unit]\nIgnoreOnIsolate=yes\n"
+        machine.write("etc/systemd/system/isolate.service.d/stay.conf", settings)
+        boot = machine.boot(self.network)
+        self.assertIn("<6>back from rescue.target", boot.messages("isolate"), boot)
+        self.assertEqual(len(self.azure.requests), 3, boot)
