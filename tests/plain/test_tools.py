@@ -51,7 +51,7 @@ class ToolsTest(unittest.TestCase):
     def test_demo_that_loses_its_reader_ends_with_its_script(self) -> None:
         with tool("tests.demo") as process:
             assert process.stdout is not None and process.stderr is not None
-            while "ContainerId" not in process.stdout.readline():
+            while "Health report" not in process.stdout.readline():
                 pass
             process.stdout.close()
             self.assertEqual(process.stderr.read(), "")
