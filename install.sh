@@ -90,8 +90,8 @@ files = sys.argv[1:] + [sys.executable]
 sys.argv = ["azure_provision.py", "--version"]
 try:
     exec(compile(sys.stdin.buffer.read(), sys.argv[0], "exec"), {"__name__": "__main__"})
-except SystemExit as end:
-    if end.code: raise
+except SystemExit:
+    sys.stdout.flush()
 files += [module.__file__ for module in list(sys.modules.values()) if hasattr(module, "__file__")]
 for file in filter(None, files):
     for hidden in "/home", "/root", "/run/user", "/tmp", "/var/tmp":
@@ -110,7 +110,7 @@ check_python() {
         tree:12[56]:* | tree:1:chroot:*) # chroot is not permitted, or it is another architecture
             printf 'install.sh: warning: %s\n' \
                 "$PYTHON cannot run here, so it was not checked: $answer" >&2 ;;
-        *) die "$PYTHON is not a Python 3.6 or newer with its whole library: $answer" ;;
+        *) die "$PYTHON cannot run the script, which needs all of Python 3.6 or newer: $answer" ;;
     esac
 }
 
@@ -121,7 +121,8 @@ install_files() {
     trap 'exit 1' HUP INT QUIT TERM
     rm -f "$script.new" "$unit.new" "$preset.new" "$link.new" # or a link there would be followed
     mkdir -p "${script%/*}" "${unit%/*}" "${preset%/*}" "${link%/*}"
-    install -m 0755 "$here/$SCRIPT" "$script.new"
+    cp "$here/$SCRIPT" "$script.new"
+    chmod 0755 "$script.new"
     sed -e "/^ExecStart=/s|/usr/bin/python3|$PYTHON|" \
         -e "/^ExecStart=/s|/usr/local/sbin|$PREFIX/sbin|" "$here/$UNIT" >"$unit.new"
     echo "enable $UNIT" >"$preset.new"
@@ -129,8 +130,7 @@ install_files() {
     rm -f "$link" "$preset"
     mv -f "$script.new" "$script"
     mv -f "$unit.new" "$unit"
-    [ "$enable" = no ] || mv -f "$preset.new" "$preset"
-    [ "$enable" = no ] || mv -f "$link.new" "$link"
+    [ "$enable" = no ] || { mv -f "$preset.new" "$preset"; mv -f "$link.new" "$link"; }
     rm -f "$preset.new" "$link.new"
     trap - EXIT HUP INT QUIT TERM
 }
@@ -156,6 +156,5 @@ else
     next="Installed $script and $unit. Now look at the image, in $here:
 python3 -m tests.check $(printf %s "$DESTDIR" | sed "s/'/'\\\\''/g; s/.*[^A-Za-z0-9/._+-].*/'&'/")"
 fi
-# On a live machine systemd reads its units again.
 [ -n "$DESTDIR" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
 printf '%s\n' "$next"

@@ -1,8 +1,7 @@
 """Look for what would make the VMs of an image fail on Azure, in this machine or in a tree.
 
-`python3 -m tests.check [TREE]` reads and changes nothing, and runs nothing of the tree. Each problem
-is one line: the file, what happens on Azure, the fix. Exit status: 0 nothing found, 1 problems,
-2 wrong usage.
+It changes nothing, and runs nothing of the tree. Each problem is one line: the file, what happens
+on Azure, the fix. Exit status: 0 nothing found, 1 problems, 2 wrong usage.
 """
 
 import argparse
@@ -13,32 +12,25 @@ from pathlib import Path
 from typing import Iterator, List
 
 from azure_provision import UNIT
+from tests import image_network as net
 from tests.image_files import ImageFiles, last, settings, variables, yaml
-from tests.image_network import (
-    ETH0,
-    MANAGER,
-    NETWORKD,
-    YES,
-    configurations,
-    mapping,
-    netplan_files,
-    unmanaged_by_manager,
-)
+from tests.image_network import ETH0, MANAGER, NETWORKD, configurations
 
 HERE = Path(__file__).resolve().parent.parent
 AGAIN = "run install.sh again"
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # by the sandbox, or cleaned at boot
 MODULES = ("http/client.py", "xml/etree/ElementTree.py")  # not in Debian's python3-minimal
 MAC = r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}"
-# Files that give a device an address of their own, and how.
+# Files that give a device a MAC address of their own, and how.
 SETS_MAC = (
     ("systemd/network/*.*", r"\[Link\][^\[]*\n[ \t]*MACAddress[ \t]*="),
-    ("NetworkManager/conf.d/*.conf", r"cloned-mac-address[ \t]*="),
-    ("NetworkManager/system-connections/*", r"cloned-mac-address[ \t]*="),
+    ("NetworkManager/*/*", r"cloned-mac-address[ \t]*="),
     ("sysconfig/network*/ifcfg-*", r"(?:^|\n)(?:MACADDR|LLADDR)="),
-    ("network/interfaces", r"\n\s*hwaddress(?:\s+ether)?\s+"),
-    ("network/interfaces.d/*", r"\n\s*hwaddress(?:\s+ether)?\s+"),
+    ("network/interfaces*", r"\n[ \t]*hwaddress(?:[ \t]+ether)?[ \t]+"),
+    ("network/interfaces.d/*", r"\n[ \t]*hwaddress(?:[ \t]+ether)?[ \t]+"),
 )
+AGENTS = r"(cloud-init-(local|main)|wa(linux)?agent|azure-init|afterburn.*checkin)\.service$"
+HEALTH = "comp=health|/provisioning/health"  # to what an agent of another kind reports
 DRIVERS = ("hv_netvsc", "hv_storvsc", "nvme")
 SECOND = r"mlx|\bmana\b|hv_pci|SRIOV"  # in a rule for the second device of accelerated networking
 
@@ -57,7 +49,7 @@ def installation(image: ImageFiles) -> Iterator[str]:
         return
     if image.off(UNIT):
         yield f"{file}: {image.off(UNIT)}, as on a provisioned VM, so no VM reports Ready: {AGAIN}"
-    if "multi-user.target" not in image.started:
+    if not image.default_target:
         target = "/etc/systemd/system/default.target"
         yield f"{target}: does not start multi-user.target, so no VM reports Ready: delete it"
     for drop_in in image.layered(f"systemd/system/{UNIT}.d/*.conf"):
@@ -87,7 +79,7 @@ def programs(image: ImageFiles, python: str, script: str) -> Iterator[str]:
         library = next((place for place in places if image.stat(f"{place}/os.py")), None)
         for module in MODULES:
             if library and not image.stat(f"{library}/{module}"):
-                yield f"{library}/{module}: missing, {fails}: install all of Python, not a minimal one"
+                yield f"{library}/{module}: missing, {fails}: install all Python"
     for path in (script, python):
         for hidden in HIDDEN:
             if f"{image.resolve(path)}/".startswith(f"{image.resolve(hidden)}/"):
@@ -103,20 +95,19 @@ def network(image: ImageFiles) -> Iterator[str]:
     bound = [config for config in found if not config.off and not config.fits(ETH0)]
     for config in bound:
         what = config.never or ", ".join([*config.names, *config.drivers])
-        fix = "match by Driver=hv_netvsc, or name eth0"
         yield (
-            f"{config.file}: is for {what}, which Azure's eth0 (driver hv_netvsc) is not, so no VM "
-            f"has a network: {fix}"
+            f"{config.file}: is for {what}, but Azure's is eth0 (driver hv_netvsc), so no "
+            "VM has a network: match Driver=hv_netvsc, or name eth0"
         )
     for rules in image.layered("udev/rules.d/*.rules") + image.layered("systemd/network/*.link"):
         pattern = rf"(?mi)^[^#\n]*(address\}}==\"{MAC}|^(Permanent)?MACAddress\s*=\s*{MAC})"
         if re.search(pattern, image.read(rules)):
             yield f"{rules}: names the interface of one MAC address, the builder's: delete it"
     if not bound:
-        why = "; ".join(sorted({f"{config.file}: {config.off}" for config in fitting}))
+        why = "; ".join(dict.fromkeys(f"{config.file}: {config.off}" for config in fitting))
         yield (
             f"{why or '/etc'}: no DHCP client is enabled and configured, so no VM has a network: "
-            "enable one, such as systemd-networkd with DHCP=yes in /etc/systemd/network/80-dhcp.network"
+            "enable one, for example systemd-networkd, with DHCP=yes for Driver=hv_netvsc"
         )
 
 
@@ -127,7 +118,7 @@ def mac_address(image: ImageFiles) -> Iterator[str]:
         for file in image.layered(pattern):
             if re.search(rf"{setting}[ \t\"']*{MAC}", image.text_of(file)):
                 yield f"{file}: {said}"
-    for file, definition in netplan_files(image)[1].values():
+    for file, definition in net.netplan_files(image)[1].values():
         if re.match(MAC, str(definition.get("macaddress", ""))):
             yield f"{file}: {said}"
 
@@ -136,50 +127,41 @@ def accelerated_networking(image: ImageFiles) -> Iterator[str]:
     """The second device, a PCI one with the MAC address of eth0, is left alone."""
     name = "eth1" if "net.ifnames=0" in image.command_line else "enP1s1"
     second = (name, "mlx5_core")
-    rules = [
-        line for line in image.text("udev/rules.d/*.rules").split("\n") if re.search(SECOND, line)
-    ]
+    rules = [r for r in image.text("udev/rules.d/*.rules").split("\n") if re.search(SECOND, r)]
     left = {
-        MANAGER: unmanaged_by_manager(image, second)
-        or any("NM_UNMANAGED" in line for line in rules),
-        NETWORKD: any("ID_NET_MANAGED_BY" in line for line in rules)
-        or any(
-            last(found, "Link.Unmanaged") in YES
-            and re.search(SECOND, last(found, "Match.Driver", "Match.Property"))
-            for found in (
-                settings(image.read(f)) for f in image.layered("systemd/network/*.network")
-            )
-        ),
+        MANAGER: net.unmanaged_by_manager(image, second) or "NM_UNMANAGED" in "".join(rules),
+        NETWORKD: "ID_NET_MANAGED_BY" in "".join(rules),
     }
+    for file in image.layered("systemd/network/*.network"):
+        found = settings(image.read(file))
+        if re.search(SECOND, last(found, "Match.Driver", "Match.Property")):
+            left[NETWORKD] = left[NETWORKD] or last(found, "Link.Unmanaged") in net.YES
     for config in configurations(image):
         if config.fits(second) and not config.off and not left.get(config.service, True):
-            fix = "install azure-vm-utils, or its 10-azure-unmanaged-sriov.rules"
-            if config.service == NETWORKD:
-                fix = "match by Driver=hv_netvsc"
+            by_driver = "match Driver=hv_netvsc instead of a name"
+            by_rule = "install azure-vm-utils, or its rule 10-azure-unmanaged-sriov.rules"
             yield (
-                f"{config.file}: also asks DHCP on the second device of accelerated networking, which "
-                f"must be left alone: {fix}"
+                f"{config.file}: is also for the second device of accelerated networking: a VM may "
+                f"lose its network: {by_rule if config.service == MANAGER else by_driver}"
             )
 
 
 def dhcp_name(image: ImageFiles) -> Iterator[str]:
     """The name that DHCP tells Azure's DNS is the hostname."""
-    fix = "delete that setting"
+    lost = "so Azure's DNS never learns the name of a VM: have it send the hostname"
     for config in configurations(image):
         if config.hostname and config.fits(ETH0) and not config.off:
-            yield f"{config.file}: {config.hostname}, so Azure's DNS never learns the VM's name: {fix}"
+            yield f"{config.file}: {config.hostname}, {lost}"
     for word in image.command_line:
         if word.startswith("systemd.hostname="):
-            file = image.boot_loaders[0]
-            yield f"{file}: {word} is the name of every VM from its second boot on: delete it"
+            name = f"{image.boot_loaders[0]}: {word}"
+            yield f"{name} is the name of every VM from its second boot on: delete it"
 
 
 def identities(image: ImageFiles) -> Iterator[str]:
     """No VM has another's identity, and each gets SSH host keys of its own."""
-    keys, ids = (
-        image.list("etc/ssh/ssh_host_*_key"),
-        ("/etc/machine-id", "/var/lib/dbus/machine-id"),
-    )
+    keys = image.list("etc/ssh/ssh_host_*_key")
+    ids = ("/etc/machine-id", "/var/lib/dbus/machine-id")
     if keys and not image.live:  # a live machine needs them until it is captured
         yield f"{keys[0]}: would be shared by all VMs: rm -f /etc/ssh/ssh_host_*"
     if not image.live and image.read(ids[0]).strip() not in ("", "uninitialized"):
@@ -189,7 +171,7 @@ def identities(image: ImageFiles) -> Iterator[str]:
     sshd = [f"{n}.{kind}" for n in ("ssh", "sshd") for kind in ("service", "socket")]
     sshd = [unit for unit in sshd if unit in image.started]
     makers = [
-        (unit, last(found, "Unit.ConditionFirstBoot") in YES)
+        (unit, last(found, "Unit.ConditionFirstBoot") in net.YES)
         for unit, found in image.started.items()
         if re.search("ssh-keygen|sshd-keygen", image.programs(found))
     ]
@@ -197,11 +179,11 @@ def identities(image: ImageFiles) -> Iterator[str]:
         return
     if "ssh-keygen" not in image.read("/etc/rc.local"):
         file = image.unit_file(sshd[0])
-        why = f"{makers[0][0]} only runs if /etc/machine-id says uninitialized" if makers else ""
-        yield (
-            f"{file}: no VM has SSH host keys, so nobody can log in "
-            f"({why or 'nothing that is enabled makes them'}): add ExecStartPre=/usr/bin/ssh-keygen -A"
-        )
+        why = "nothing that is enabled makes them"
+        if makers:
+            why = f"{makers[0][0]} only runs if /etc/machine-id says uninitialized"
+        fix = "add ExecStartPre=/usr/bin/ssh-keygen -A"
+        yield f"{file}: no VM has SSH host keys, so nobody can log in ({why}): {fix}"
 
 
 def agents(image: ImageFiles) -> Iterator[str]:
@@ -211,84 +193,73 @@ def agents(image: ImageFiles) -> Iterator[str]:
     disabled = disabled or waagent.get("Provisioning.Agent") == "disabled"
     sources: List[str] = []
     for file in ["/etc/cloud/cloud.cfg", *image.list("etc/cloud/cloud.cfg.d/*.cfg")]:
-        listed = mapping(yaml(image.read(file))).get("datasource_list")
+        listed = net.mapping(yaml(image.read(file))).get("datasource_list")
         sources = listed if isinstance(listed, list) else sources
     for unit, found in sorted(image.started.items()):
-        agent = re.match(
-            r"(cloud-init-local|cloud-init-main|waagent|walinuxagent|azure-init|afterburn.*checkin)\.service$",
-            unit,
-        )
-        if (
-            unit == UNIT
-            or (unit.startswith("wa") and disabled)
-            or (unit.startswith("cloud-init") and sources and "Azure" not in sources)
-        ):
+        off = disabled if unit.startswith("wa") else bool(sources) and "Azure" not in sources
+        if unit == UNIT or (off and unit.startswith(("wa", "cloud-init"))):
             continue
-        if agent or re.search(r"comp=health|/provisioning/health", image.programs(found)):
-            fix = (
-                "touch /etc/cloud/cloud-init.disabled"
-                if "cloud" in unit
-                else f"systemctl mask {unit}"
-            )
+        if re.match(AGENTS, unit) or re.search(HEALTH, image.programs(found)):
+            fix = f"systemctl mask {unit}"
+            fix = "touch /etc/cloud/cloud-init.disabled" if "cloud-init" in unit else fix
             yield f"{image.unit_file(unit)}: also reports to Azure, and may rename the VM: {fix}"
 
 
 def boots(image: ImageFiles) -> Iterator[str]:
     """The kernel has the drivers of Azure, and its messages go to boot diagnostics."""
-    for file in image.list("usr/lib/modules/*/modules.dep") + image.list(
-        "lib/modules/*/modules.dep"
-    ):
+    files = image.list("usr/lib/modules/*/modules.dep") + image.list("lib/modules/*/modules.dep")
+    for file in sorted(set(map(image.resolve, files))):
         builtin = image.read(file.replace("modules.dep", "modules.builtin"))
         for driver in DRIVERS:
             if not re.search(rf"/{driver}\.ko\b", image.read(file) + builtin):
-                lost = "no network" if driver == "hv_netvsc" else "no disk on some sizes"
-                yield f"{file}: the kernel has no {driver}, so a VM has {lost}: install one that has"
+                lost = "network" if driver == "hv_netvsc" else "disk, on some sizes"
+                yield f"{file}: no {driver}, so a VM has no {lost}: install another kernel"
     arm = image.exists("/lib/ld-linux-aarch64.so.1")
     console = "console=ttyAMA0" if arm else "console=ttyS0"
     if image.boot_loaders and not any(w.startswith(console) for w in image.command_line):
+        file = image.boot_loaders[0]
         yield (
-            f"{image.boot_loaders[0]}: without {console} Azure's boot diagnostics stay empty: add it to "
-            "the kernel command line (and net.ifnames=0, with which a rehearsal has eth0 like Azure)"
+            f"{file}: without {console} Azure's boot diagnostics stay empty: add it to the kernel "
+            "command line (and net.ifnames=0: a rehearsal then has eth0, as Azure has)"
         )
 
 
-CHECKS = (
-    installation,
-    network,
-    mac_address,
-    accelerated_networking,
-    dhcp_name,
-    identities,
-    agents,
-    boots,
-)
+CHECKS = [installation, network, mac_address, accelerated_networking]
+CHECKS += [dhcp_name, identities, agents, boots]
 
 
 def problems(root: str) -> List[str]:
     """All problems of the image at ROOT, one line each."""
     image = ImageFiles(root)
     found = [problem for check in CHECKS for problem in check(image)]
-    found += [
-        f"{file}: cannot be read, so it was not checked: run it as root"
-        for file in sorted(image.unreadable)
-    ]
-    return list(
-        dict.fromkeys(re.sub(r"[^ -~]", lambda c: ascii(c.group())[1:-1], p) for p in found)
+    unreadable = "cannot be read, so it was not checked: run it as root"
+    found += [f"{file}: {unreadable}" for file in sorted(image.unreadable)]
+    escaped = (re.sub(r"[^ -~]", lambda c: ascii(c.group())[1:-1], line) for line in found)
+    return list(dict.fromkeys(escaped))
+
+
+def rehearsal_note(image: ImageFiles) -> str:
+    """What a rehearsal will see otherwise: QEMU's interface has another name and driver."""
+    name = "eth0" if "net.ifnames=0" in image.command_line else "ens3"
+    active = [config for config in configurations(image) if not config.off]
+    if any(config.fits((name, "virtio_net")) for config in active):
+        return ""
+    return (
+        f" A rehearsal will find no network, as QEMU's interface is {name} (virtio_net): add that "
+        "driver to the match, or net.ifnames=0 to the kernel command line, which names it eth0."
     )
 
 
 def main(arguments: List[str]) -> int:
     parser = argparse.ArgumentParser("python3 -m tests.check", description=__doc__)
-    parser.add_argument(
-        "tree", nargs="?", default="/", help="the image's root directory (this machine)"
-    )
+    parser.add_argument("tree", nargs="?", default="/", help="its root (default: this machine)")
     tree = parser.parse_args(arguments).tree
     if not os.path.isdir(tree):
         parser.error(f"{tree!a} is no directory; mount a disk image: systemd-dissect --mount")
     if not os.path.isdir(os.path.join(tree, "usr")):
         parser.error(f"{tree!a} has no usr directory: it is not the root of an image")
     found = problems(tree)
-    print("\n".join(found) or f"Nothing was found in {tree!a}.")
+    print("\n".join(found) or f"Nothing was found in {tree!a}.{rehearsal_note(ImageFiles(tree))}")
     return 1 if found else 0
 
 

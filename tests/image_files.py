@@ -9,9 +9,9 @@ import shlex
 import stat
 from collections import deque
 from fnmatch import fnmatchcase
-from typing import Any, Deque, Dict, List, Set, Tuple
+from typing import Any, Deque, Dict, List, Optional, Set, Tuple
 
-MAX_FILE = 16 << 20  # bytes; the largest are lists of modules
+MAX_FILE = 4 << 20  # bytes; the largest are lists of modules
 LAYERS = ("etc", "usr/local/lib", "usr/lib", "lib")  # the first that has a file wins
 
 # Where a boot loader has the kernel's command line; the first group that does is used.
@@ -22,8 +22,10 @@ BOOT_LOADERS = (
     "etc/default/grub etc/default/grub.d/*.cfg",
 )
 COMMAND_LINE = (
-    r"(?m)^\s*(?:linux\w*\s+\S+|options|append|(?:set\s+)?kernelopts=|GRUB_CMDLINE_LINUX\w*=)(.*)"
+    r"(?mi)^[ \t]*(?:linux\w*[ \t]+\S+|options|append|(?:set )?kernelopts="
+    r"|GRUB_CMDLINE_LINUX\w*=)(.*)"
 )
+YAML_TOKEN = r"\"[^\"]*\"|'[^']*'|[{}\[\],]|:(?=\s|$)|(?:[^\s{}\[\],:]|:(?!\s|$))+"
 Settings = Dict[str, List[str]]
 
 
@@ -83,36 +85,29 @@ def yaml(text: str) -> Any:
         if not depth and body not in ("", "---"):
             while re.match(r"-(\s|$)", body):
                 begin(indentation + 1, "[]")  # deeper than its key, which may be indented as much
-                rest = body[1:].lstrip()
-                indentation += 2 * (len(body) - len(rest))
-                body = rest
+                indentation += 2 * (len(body) - len(body[1:].lstrip()))
+                body = body[1:].lstrip()
             if re.match(r"[^{\[]+?:(\s|$)", body):
                 begin(indentation, "{}")
-        found = re.findall(
-            r"\"[^\"]*\"|'[^']*'|[{}\[\],]|:(?=\s|$)|(?:[^\s{}\[\],:]|:(?!\s|$))+", body
-        )
+        found = re.findall(YAML_TOKEN, body)
         depth += sum((token in "{[") - (token in "}]") for token in found)
         tokens.extend(found)
     begin(-1, "")
 
     def value() -> Any:
         token = tokens.popleft()
-        if token == "{":
-            mapping: Dict[str, Any] = {}
-            while tokens[0] != "}":
-                key = tokens.popleft().strip("\"'")
-                if tokens[0] == ":":
-                    tokens.popleft()
-                    mapping[key] = value() if tokens[0] not in ("}", ",") else ""
+        mapping: Dict[str, Any] = {}
+        items: List[Any] = []
+        while token == "[" and tokens[0] != "]":
+            items += [value()] if tokens[0] != "," else tokens.popleft()[1:]
+        while token == "{" and tokens[0] != "}":
+            key = tokens.popleft().strip("\"'")
+            if tokens[0] == ":":
+                tokens.popleft()
+                mapping[key] = value() if tokens[0] not in "}," else ""
+        if token in "{[":
             tokens.popleft()
-            return mapping
-        if token == "[":
-            items = []
-            while tokens[0] != "]":
-                items += [value()] if tokens[0] != "," else tokens.popleft()[1:]
-            tokens.popleft()
-            return items
-        return token.strip("\"'")
+        return mapping if token == "{" else items if token == "[" else token.strip("\"'")
 
     try:
         return value()
@@ -145,7 +140,7 @@ class ImageFiles:
         self.started = self.start(presets=False) if read_only else self.by_preset
 
     def resolve(self, path: str) -> str:
-        """PATH without symlinks: an absolute one begins at the tree's root, none leads out of it."""
+        """PATH without symlinks, none of which leads out of the tree."""
         # Names may be no UTF-8, and this machine's locale may not be UTF-8.
         todo = os.fsdecode(path.encode("utf-8", "surrogateescape")).split("/")[::-1]
         done = ""
@@ -198,23 +193,21 @@ class ImageFiles:
         """The paths that match PATTERN, sorted."""
         found = [""]
         for part in pattern.strip("/").split("/"):
-            if "*" not in part:
-                found = [f"{path}/{part}" for path in found]
-                continue
-            entries = []
-            for path in found:
-                try:
-                    names = sorted(os.listdir(self.root + self.resolve(path)))
-                except PermissionError:
-                    self.unreadable.add(path)
-                except OSError:
-                    continue
-                else:
-                    entries += [
-                        f"{path}/{n}" for n in names if fnmatchcase(n, part) and n[0] != "."
-                    ]
-            found = entries
+            names = self.names if "*" in part else lambda path, part=part: [part]
+            found = [f"{path}/{n}" for path in found for n in names(path) if fnmatchcase(n, part)]
         return [path for path in found if self.exists(path)]
+
+    def names(self, directory: str) -> List[str]:
+        """The names in a directory that are not hidden, sorted."""
+        try:
+            names = os.listdir(self.root + self.resolve(directory))
+        except PermissionError:
+            self.unreadable.add(directory)
+        except OSError:
+            pass
+        else:
+            return sorted(name for name in names if name[0] != ".")
+        return []
 
     def layered(self, pattern: str) -> List[str]:
         """Configuration in the order of its names: /etc's hides a package's, and empty is none."""
@@ -243,10 +236,10 @@ class ImageFiles:
         paths = [f"/{base}/systemd/system/{n}" for n in names for base in LAYERS]
         return next((path for path in paths if self.exists(path)), "")
 
-    def unit(self, name: str) -> Settings:
-        """A unit's settings with those of its drop-ins; none if it is masked or does not exist."""
+    def unit(self, name: str) -> Optional[Settings]:
+        """A unit's settings with those of its drop-ins; None if it is masked or does not exist."""
         text = self.read(self.unit_file(name))
-        return settings(text + "\n" + self.text(f"systemd/system/{name}.d/*.conf")) if text else {}
+        return settings(f"{text}\n{self.text(f'systemd/system/{name}.d/*.conf')}") if text else None
 
     def start(self, presets: bool) -> Dict[str, Settings]:
         """What systemd starts at boot, by its names."""
@@ -258,21 +251,22 @@ class ImageFiles:
                 wanted.setdefault(os.path.basename(path).rpartition(".")[0], []).extend(names)
         rules = [line.split() for line in self.text("systemd/system-preset/*.preset").split("\n")]
         for name in {os.path.basename(path) for path in units} if presets else ():
-            chosen = [r[0] for r in rules if len(r) > 1 and fnmatchcase(name, r[1])] + ["enable"]
-            if chosen[0] == "enable":
-                for target in words(self.unit(name), "Install.WantedBy", "Install.RequiredBy"):
-                    wanted.setdefault(target, []).append(name)
-        cloud_init = self.layered("systemd/system-generators/cloud-init-generator")
-        off = (
-            self.exists("/etc/cloud/cloud-init.disabled")
-            or "cloud-init=disabled" in self.command_line
-        )
-        todo = ["default.target", *(["cloud-init.target"] if cloud_init and not off else [])]
+            chosen = [rule[0] for rule in rules if rule[1:] and fnmatchcase(name, rule[1])]
+            unit = self.unit(name) if chosen[:1] in ([], ["enable"]) else None
+            for target in words(unit or {}, "Install.WantedBy", "Install.RequiredBy"):
+                wanted.setdefault(target, []).append(name)
+        todo = ["multi-user.target", "default.target"]
+        off = self.exists("/etc/cloud/cloud-init.disabled")
+        if not off and "cloud-init=disabled" not in self.command_line:
+            generator = self.layered("systemd/system-generators/cloud-init-generator")
+            todo += ["cloud-init.target"] if generator else []
         started: Dict[str, Settings] = {}
         while todo:
             name = todo.pop()
-            unit = {} if name in started else self.unit(name)
-            if unit:
+            if not todo and name == "multi-user.target":  # all that default.target starts is known
+                self.default_target = name in started
+            unit = None if name in started else self.unit(name)
+            if unit is not None:
                 alias = os.path.basename(self.resolve(self.unit_file(name)))
                 started[name] = started[alias] = unit
                 todo += wanted.get(name, []) + wanted.get(alias, [])
@@ -293,8 +287,7 @@ class ImageFiles:
 
     def programs(self, unit: Settings) -> str:
         """What a unit runs: its commands, and the scripts that they name."""
-        text = "\n".join(
-            v for n, vs in unit.items() if n.startswith("Service.ExecStart") for v in vs
-        )
+        commands = (values for name, values in unit.items() if "Service.ExecStart" in name)
+        text = "\n".join(command for values in commands for command in values)
         scripts = map(self.read, re.findall(r"(?:/[\w.+-]+)+", text))
         return "\n".join([text, *(script for script in scripts if script.startswith("#!"))])

@@ -1,4 +1,4 @@
-"""An image's network: what asks DHCP on which device, for each program that does in a distribution."""
+"""An image's network: for each program that sets it up, what asks DHCP on which device."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from tests.image_files import ImageFiles, Settings, last, settings, variables, w
 YES = ("yes", "y", "true", "t", "on", "1")
 NO = ("no", "n", "false", "f", "off", "0")
 NETWORKD, MANAGER = "systemd-networkd.service", "NetworkManager.service"
+MANAGER_CONF = "/etc/NetworkManager/NetworkManager.conf"
 ETH0 = ("eth0", "hv_netvsc")  # the name and driver of Azure's interface
 VMBUS = ("acpi-VMBUS:01", "acpi-MSFT1000:00")  # what udev calls its path
 
@@ -38,7 +39,7 @@ def matches(patterns: Sequence[str], value: str) -> bool:
 def hostname(suppressed: Any, name: Any) -> str:
     """What two settings do to the name that is sent."""
     if suppressed in NO:
-        return "sends no name with its DHCP request"
+        return "sends no name"
     return f"always sends the name {name}" if name else ""
 
 
@@ -52,31 +53,22 @@ def networkd(image: ImageFiles) -> Iterator[Config]:
     for file in image.layered("systemd/network/*.network"):
         drop_ins = image.text(f"systemd/network/{os.path.basename(file)}.d/*.conf")
         found = settings(f"{image.read(file)}\n{drop_ins}")
-        if (
-            any(kind[0] != "!" for kind in words(found, "Match.Kind"))
-            or not matches(words(found, "Match.Type"), "ether")
-            or last(found, "Match.Virtualization") not in ("", "vm", "microsoft", *YES)
-        ):
-            continue  # for containers, tunnels, wireless networks
+        other = [kind for kind in words(found, "Match.Kind") if kind[0] != "!"]
+        wired = matches(words(found, "Match.Type"), "ether") and not other
+        if not wired or last(found, "Match.Virtualization") not in ("", "vm", "microsoft", *YES):
+            continue  # for wireless networks, tunnels, containers
         never = [
             f"{name}={value}"
             for name in ("MACAddress", "PermanentMACAddress", "Path", "Property")
             for value in found.get(f"Match.{name}", ())
-            if not (name == "Path" and any(matches(value.split(), vmbus) for vmbus in VMBUS))
+            if not (name == "Path" and any(matches(value.split(), path) for path in VMBUS))
             and not (name == "Property" and "hv_netvsc" in value)
         ]
+        sent = [last(found, f"DHCP.{n}", f"DHCPv4.{n}") for n in ("SendHostname", "Hostname")]
         dhcp = last(found, "Network.DHCP") in (*YES, "both", "ipv4", "v4")
-        config = Config(
-            file,
-            words(found, "Match.Name"),
-            words(found, "Match.Driver"),
-            " ".join(never),
-            image.off(NETWORKD) if dhcp else "has no DHCP=yes",
-            hostname(
-                *[last(found, f"DHCP.{n}", f"DHCPv4.{n}") for n in ("SendHostname", "Hostname")]
-            ),
-            NETWORKD,
-        )
+        off = image.off(NETWORKD) if dhcp else "has no DHCP=yes"
+        names, drivers = words(found, "Match.Name"), words(found, "Match.Driver")
+        config = Config(file, names, drivers, " ".join(never), off, hostname(*sent), NETWORKD)
         if not (taken and config.fits(ETH0)):
             yield config
         taken = taken or config.fits(ETH0)
@@ -107,42 +99,35 @@ def netplan(image: ImageFiles) -> Iterator[Config]:
             off = "netplan is not installed"
         elif service == NETWORKD and not off.endswith("masked"):
             off = ""
+        off = off if found.get("dhcp4") in YES else "has no dhcp4: true"
         match, overrides = mapping(found.get("match")), mapping(found.get("dhcp4-overrides"))
+        names = [str(match["name"])] if "name" in match else [] if "match" in found else [name]
         drivers = match.get("driver", [])
-        yield Config(
-            file,
-            [str(match["name"])] if "name" in match else [] if "match" in found else [name],
-            drivers if isinstance(drivers, list) else [drivers],
-            f"macaddress: {match['macaddress']}" if "macaddress" in match else "",
-            off if found.get("dhcp4") in YES else "has no dhcp4: true",
-            hostname(overrides.get("send-hostname"), overrides.get("hostname")),
-            service,
-        )
+        drivers = drivers if isinstance(drivers, list) else [drivers]
+        never = f"macaddress: {match['macaddress']}" if "macaddress" in match else ""
+        sent = hostname(overrides.get("send-hostname"), overrides.get("hostname"))
+        yield Config(file, names, drivers, never, off, sent, service)
 
 
 def manager_lists(devices: str, device: Tuple[str, str]) -> bool:
     """Whether a list of devices has one: NetworkManager.conf(5), "Device List Format"."""
     found = False
     for part in re.split(r"[,;\s]+", devices):
-        spec = part[7:] if part.startswith("except:") else part
-        kind, _, value = spec.partition(":") if ":" in spec else ("interface-name", "", spec)
-        index = {"interface-name": 0, "driver": 1}.get(kind)
-        if spec == "type:ethernet" or (
-            index is not None and fnmatchcase(device[index], value.lstrip("="))
-        ):
-            if spec != part:
+        kind, _, value = re.sub(r"^except:|=", "", part).rpartition(":")
+        property = {"type": "ethernet", "driver": device[1], "": device[0]}.get(kind, device[0])
+        if kind != "mac" and fnmatchcase(property, value):
+            if part.startswith("except:"):
                 return False
             found = True
     return found
 
 
 def manager_conf(image: ImageFiles) -> Settings:
-    """All of NetworkManager.conf(5), the last word last."""
+    """All of NetworkManager.conf(5), in order."""
     files = image.layered("NetworkManager/conf.d/*.conf")
+    packaged = [file for file in files if not file.startswith("/etc/")]
     own = [file for file in files if file.startswith("/etc/")]
-    packaged = [file for file in files if file not in own]
-    main = "/etc/NetworkManager/NetworkManager.conf"
-    return settings("\n".join(map(image.read, [*packaged, main, *own])))
+    return settings("\n".join(map(image.read, [*packaged, MANAGER_CONF, *own])))
 
 
 def unmanaged_by_manager(image: ImageFiles, device: Tuple[str, str]) -> bool:
@@ -153,112 +138,91 @@ def unmanaged_by_manager(image: ImageFiles, device: Tuple[str, str]) -> bool:
 
 def network_manager(image: ImageFiles) -> Iterator[Config]:
     """Profiles; and a device without one gets DHCP, unless told otherwise."""
-    conf, main = manager_conf(image), "/etc/NetworkManager/NetworkManager.conf"
-    off = image.off(MANAGER)
+    conf, off, profile = manager_conf(image), image.off(MANAGER), False
     if unmanaged_by_manager(image, ETH0):
         off = off or "eth0 is among NetworkManager's unmanaged-devices"
-    profile = False
-    for file in image.list("etc/NetworkManager/system-connections/*") + image.list(
-        "usr/lib/NetworkManager/system-connections/*"
-    ):
+    profiles = "NetworkManager/system-connections/*"
+    for file in image.list(f"etc/{profiles}") + image.list(f"usr/lib/{profiles}"):
         found = settings(image.read(file))
         if last(found, "connection.type") not in ("ethernet", "802-3-ethernet", ""):
             continue
-        macs = [last(found, f"{section}.mac-address") for section in ("ethernet", "802-3-ethernet")]
-        never = [f"mac-address={mac}" for mac in macs if mac]
-        never += [f"path={path}" for path in words(found, "match.path") if "pci" in path]
-        automatic = last(found, "connection.autoconnect") not in NO
-        config = Config(
-            file,
-            words(found, "connection.interface-name") or words(found, "match.interface-name"),
-            words(found, "match.driver"),
-            " ".join(never),
-            off
-            or ("" if automatic else "has autoconnect=false")
-            or (
-                "" if last(found, "ipv4.method") in ("auto", "") else "has no method=auto for IPv4"
-            ),
-            hostname(last(found, "ipv4.dhcp-send-hostname"), last(found, "ipv4.dhcp-hostname")),
-            MANAGER,
-        )
-        profile = profile or (automatic and config.fits(ETH0))
+        why = "" if last(found, "ipv4.method") in ("auto", "") else "has no method=auto for IPv4"
+        if last(found, "connection.autoconnect") in NO:
+            why = "has autoconnect=false"
+        never = [f"path={path}" for path in words(found, "match.path") if "pci" in path]
+        mac = last(found, "ethernet.mac-address", "802-3-ethernet.mac-address")
+        never += [f"mac-address={mac}"] if mac else []
+        names = words(found, "connection.interface-name") or words(found, "match.interface-name")
+        sent = hostname(last(found, "ipv4.dhcp-send-hostname"), last(found, "ipv4.dhcp-hostname"))
+        drivers = words(found, "match.driver")
+        config = Config(file, names, drivers, " ".join(never), off or why, sent, MANAGER)
+        profile = profile or (config.fits(ETH0) and "autoconnect" not in why)
         yield config
     if not profile and image.unit_file(MANAGER):
-        none = manager_lists(last(conf, "main.no-auto-default"), ETH0)
-        off = off or ("has no-auto-default, and there is no profile for eth0" if none else "")
-        name = hostname(
-            last(conf, "connection.ipv4.dhcp-send-hostname"),
-            last(conf, "connection.ipv4.dhcp-hostname"),
-        )
-        yield Config(main, off=off, hostname=name, service=MANAGER)
+        if manager_lists(last(conf, "main.no-auto-default"), ETH0):
+            off = off or "has no-auto-default, and there is no profile for eth0"
+        sent = hostname(last(conf, "connection.ipv4.dhcp-send-hostname"), "")
+        yield Config(MANAGER_CONF, off=off, hostname=sent, service=MANAGER)
 
 
 def ifcfg(image: ImageFiles) -> Iterator[Config]:
     """RHEL's files, for NetworkManager or the init script of RHEL 7, and those of SUSE's wicked."""
     script = image.list("etc/rc3.d/S*network") or image.list("etc/rc.d/rc3.d/S*network")
-    for file in image.list("etc/sysconfig/network*/ifcfg-*") + image.list(
-        "etc/sysconfig/network-scripts/ifcfg-*"
-    ):
+    for file in image.list("etc/sysconfig/network*/ifcfg-*"):
         suse = file.startswith("/etc/sysconfig/network/")
         found = variables(image.read(file))
         device = file.rpartition("/ifcfg-")[2] if suse else found.get("DEVICE", "")
-        kind = found.get("TYPE", "Ethernet").lower()
-        if device == "lo" or kind != "ethernet" or file.endswith(("~", ".bak", ".template")):
+        if device == "lo" or found.get("TYPE", "Ethernet") != "Ethernet":
             continue
         off = image.off("wicked.service") if suse else "" if script else image.off(MANAGER)
         if found.get("ONBOOT", "").lower() in NO or found.get("STARTMODE") in ("off", "manual"):
             off = "is not started at boot"
-        never = f"HWADDR={found['HWADDR']}" if found.get("HWADDR") else ""
         off = off if found.get("BOOTPROTO", "").startswith("dhcp") else "has no BOOTPROTO=dhcp"
-        name = hostname(found.get("DHCP_SEND_HOSTNAME"), found.get("DHCP_HOSTNAME"))
-        if suse and not name:
-            option = variables(image.read("/etc/sysconfig/network/dhcp"))
-            value = option.get("DHCLIENT_HOSTNAME_OPTION", "AUTO")
-            name = "" if value == "AUTO" else hostname("" if value else "no", value)
+        never = f"HWADDR={found['HWADDR']}" if found.get("HWADDR") else ""
+        sent = hostname(found.get("DHCP_SEND_HOSTNAME"), found.get("DHCP_HOSTNAME"))
         service = "" if suse or script else MANAGER
-        yield Config(file, [device] if device else [], (), never, off, name, service)
+        yield Config(file, [device] if device else [], (), never, off, sent, service)
 
 
-def interfaces(
-    image: ImageFiles, file: str = "/etc/network/interfaces", depth: int = 0
-) -> List[Tuple[str, List[str]]]:
-    """The lines of interfaces(5) with the files that they stand in, those of other files included."""
+def interface_lines(image: ImageFiles, file: str, depth: int = 0) -> List[Tuple[str, List[str]]]:
+    """Its lines and those of sourced files, with the file that each stands in: interfaces(5)."""
     lines: List[Tuple[str, List[str]]] = []
-    for line in image.read(file).replace("\\\n", " ").split("\n"):
-        line_words = line.split("#")[0].split() if line.strip().startswith("#") else line.split()
-        if line_words[:1] == ["source"] and depth < 9:
-            for included in image.list(line_words[-1]):
-                lines += interfaces(image, included, depth + 1)
-        elif line_words[:1] == ["source-directory"] and depth < 9:
-            for included in image.list(line_words[-1] + "/*"):
-                lines += interfaces(image, included, depth + 1)
-        elif line_words:
-            lines.append((file, line_words))
+    for line in map(str.split, image.text_of(file).split("\n")):
+        if line[:1] in (["source"], ["source-directory"]) and depth < 9:
+            for included in image.list(line[-1] + ("/*" if "-" in line[0] else "")):
+                lines += interface_lines(image, included, depth + 1)
+        elif line:
+            lines.append((file, line))
     return lines
 
 
-def sent_by_client(image: ImageFiles) -> str:
-    """What is wrong with the name that dhclient or dhcpcd sends."""
-    if image.stat("/usr/sbin/dhclient") or image.stat("/sbin/dhclient"):
+def sent_by(image: ImageFiles, client: str) -> str:
+    """What is wrong with the name that a client's own configuration has it send."""
+    if client == "dhclient":
         conf = image.read("/etc/dhcp/dhclient.conf") or image.read("/etc/dhclient.conf")
-        send = re.search(r'(?m)^\s*send\s+(?:host-name|fqdn\.fqdn)\s*=?\s*("?)([^";]*)', conf)
-        return hostname("" if send else "no", send.group(2) if send and send.group(1) else "")
-    conf = image.read("/etc/dhcpcd.conf")
-    send = re.search(r"(?m)^\s*hostname\b[ \t]*(\S*)", conf)
-    return hostname("" if send or not conf else "no", send.group(1) if send else "")
+        option, line = r"send\s+(?:host-name|fqdn\.fqdn)", "send host-name = gethostname();"
+    else:
+        conf, option, line = image.read("/etc/dhcpcd.conf"), "hostname", "hostname"
+    found = re.search(rf'(?m)^[ \t]*{option}\b[ \t=]*("?)([^\s";]*)', conf)
+    if client not in ("dhclient", "dhcpcd") or (found and "gethostname" in found.group(2)):
+        return ""
+    if not found:
+        return f"sends no name (there is no `{line}` in {client}.conf)"
+    return hostname("", found.group(2))
 
 
 def ifupdown(image: ImageFiles) -> Iterator[Config]:
     """Debian's stanzas, started by networking.service, or by a udev rule (allow-hotplug)."""
     if not (image.stat("/usr/sbin/ifup") or image.stat("/sbin/ifup")):
         return
-    programs = [
-        f"{d}/{n}"
-        for d in ("/usr/sbin", "/sbin", "/usr/bin")
-        for n in ("dhclient", "dhcpcd", "udhcpc")
+    places = ("/usr/sbin", "/sbin", "/usr/bin")
+    clients = [
+        client
+        for client in ("dhclient", "udhcpc", "dhcpcd")  # ifupdown takes the first
+        if any(image.stat(f"{place}/{client}") for place in places)
     ]
-    client = any(map(image.stat, programs))
-    lines = interfaces(image)
+    sent = sent_by(image, clients[0]) if clients else ""
+    lines = interface_lines(image, "/etc/network/interfaces")
     started: Dict[str, str] = {}  # a name or pattern of interfaces: why its class is not started
     for _, (keyword, *names) in lines:
         if keyword in ("auto", "allow-auto", "allow-hotplug"):
@@ -269,48 +233,37 @@ def ifupdown(image: ImageFiles) -> Iterator[Config]:
         if stanza[0] != "iface" or stanza[2:4] != ["inet", "dhcp"]:
             continue
         name = stanza[1]
-        for pattern, off in started.items():
-            physical, _, logical = pattern.partition("=")
-            if logical == name or fnmatchcase(name, physical.lstrip("/")):
-                break
-        else:
-            physical, off = name, "is neither auto nor allow-hotplug"
+        physical, off = name, f"nothing starts {name}: add allow-hotplug {name}"
+        for pattern, class_off in started.items():
+            interface, _, logical = pattern.partition("=")
+            if name in (interface, logical) or fnmatchcase(name, interface.lstrip("/")):
+                physical = interface if logical == name else name
+                off = class_off
         option = ""
         for _, (keyword, *values) in lines[number + 1 :]:
             if keyword in ("iface", "auto", "mapping") or keyword.startswith("allow-"):
                 break
-            option = values[0] if keyword == "hostname" and values else option
-        mac = physical.startswith(("/mac/", "mac/"))
-        yield Config(
-            file,
-            [physical.lstrip("/") if logical == name else name],
-            never=physical if mac else "",
-            off=off
-            or ("" if client else "has no DHCP client: install isc-dhcp-client or dhcpcd-base"),
-            hostname=hostname("", option) or sent_by_client(image),
-        )
+            option = " ".join(values) if keyword == "hostname" else option
+        off = off if clients else "no DHCP client is installed: isc-dhcp-client, dhcpcd-base"
+        never = physical if re.match("/?mac/", physical) else ""
+        yield Config(file, [physical.lstrip("/")], (), never, off, hostname("", option) or sent)
     # Debian's cloud images make a stanza for each interface that comes.
     for rules in image.layered("udev/rules.d/*.rules"):
-        if re.search(r"(?m)^[^#\n]*(ifup@|cloud-ifupdown-helper)", image.read(rules)) and client:
-            yield Config(rules, hostname=sent_by_client(image))
+        if clients and re.search(r"ifup@|cloud-ifupdown-helper", image.text_of(rules)):
+            yield Config(rules, hostname=sent)
 
 
 def other_clients(image: ImageFiles) -> Iterator[Config]:
     """Units that run a DHCP client: dhcpcd.service, dhclient@eth0.service, connman.service."""
-    conf = settings(re.sub(r"(?m)^\s*(\w+)\s+", r"\1=", image.read("/etc/dhcpcd.conf")))
+    allowed = re.findall(r"(?m)^[ \t]*allowinterfaces\s+(\S+)", image.read("/etc/dhcpcd.conf"))
     for unit, found in image.started.items():
-        client = re.search(
-            r"\b(dhcpcd|dhclient|udhcpc|connmand)\b", last(found, "Service.ExecStart")
-        )
-        if client and unit.endswith(".service"):
-            instance = re.findall(r"@(.+)\.service$", unit)
-            names, denied = instance, ""
-            if client.group(1) == "dhcpcd":
-                names = instance or words(conf, ".allowinterfaces")
-                denied = " ".join(words(conf, ".denyinterfaces"))
-            off = "denies eth0" if denied and matches(denied.split(), ETH0[0]) else ""
-            name = sent_by_client(image) if client.group(1) in ("dhcpcd", "dhclient") else ""
-            yield Config(image.unit_file(unit), names, off=off, hostname=name)
+        command = last(found, "Service.ExecStart")
+        client = re.search(r"\b(dhcpcd|dhclient|udhcpc|connmand)\b", command)
+        if client:
+            names = re.findall(r"@(.+)\.service$", unit) or (
+                allowed if client.group() == "dhcpcd" else []
+            )
+            yield Config(image.unit_file(unit), names, hostname=sent_by(image, client.group()))
 
 
 def configurations(image: ImageFiles) -> List[Config]:

@@ -1,0 +1,304 @@
+"""tests.check on small trees that stand for distributions, sound and then broken in one way."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from azure_provision import UNIT
+from tests.check import problems
+from tests.plain.harness import ROOT, SCRIPT, UNIT_FILE
+
+Files = Dict[str, str]  # path: content, or "-> target" for a symlink; "" removes it
+
+SYSTEM, LIB = "etc/systemd/system", "usr/lib/systemd/system"
+WANTS, SYSTEM_UNIT = f"{SYSTEM}/multi-user.target.wants", f"{SYSTEM}/{UNIT}"
+LINK, DROP_IN = f"{WANTS}/{UNIT}", f"{SYSTEM}/{UNIT}.d/a.conf"
+SCRIPT_PATH, HTTP = "usr/local/sbin/azure_provision.py", "usr/lib64/python3.9/http/client.py"
+NETWORK, NETPLAN = "etc/systemd/network/10-a.network", "etc/netplan/a.yaml"
+NM_CONF, MANAGER = "etc/NetworkManager/conf.d/a.conf", "etc/NetworkManager/NetworkManager.conf"
+PROFILE = "etc/NetworkManager/system-connections/Wired connection 1.nmconnection"
+IFCFG, SUSE = "etc/sysconfig/network-scripts/ifcfg-eth0", "etc/sysconfig/network/ifcfg-eth0"
+INTERFACES, RULES = "etc/network/interfaces", "etc/udev/rules.d/70-a.rules"
+GRUB, KEYGEN = "boot/grub/grub.cfg", f"{LIB}/sshd-keygen.target"
+MODULES, BUILTIN = (f"usr/lib/modules/6.1/modules.{kind}" for kind in ("dep", "builtin"))
+NETWORKD_LINK, GENERATORS = f"{WANTS}/systemd-networkd.service", "usr/lib/systemd/system-generators"
+CLOUD, LOCAL = "etc/cloud/cloud-init.disabled", f"{LIB}/cloud-init-local.service"
+HERE, MASKED, MAC = "# only a comment\n", "-> /dev/null", "00:22:48:AA:bb:cc"
+RULE = (
+    'SUBSYSTEM=="net", DRIVERS=="mana|mlx4_core|mlx5_core", ENV{ID_NET_MANAGED_BY}="unmanaged", '
+    'ENV{NM_UNMANAGED}="1"\n'
+)
+
+
+def service(name: str, command: str = "/bin/true", more: str = "", wants: str = WANTS) -> Files:
+    """A unit that is enabled."""
+    text = f"[Unit]\n{more}\n[Service]\nExecStart={command}\n"
+    return {f"{LIB}/{name}": text, f"{wants}/{name}": f"-> /{LIB}/{name}"}
+
+
+# What all images have.
+SYSTEMD: Files = {
+    "usr/lib/systemd/systemd": "\x7fELF",
+    f"{LIB}/default.target": "-> graphical.target",
+    f"{LIB}/graphical.target": "[Unit]\nRequires=multi-user.target\n",
+    f"{LIB}/multi-user.target": "[Unit]\nRequires=sockets.target\n",
+    f"{LIB}/sockets.target": HERE,
+    "lib": "-> usr/lib",
+    "etc/machine-id": "\n",
+    "usr/bin/python3": "-> /etc/alternatives/python3",
+    "etc/alternatives/python3": "-> /usr/bin/python3.9",
+    "usr/bin/python3.9": "#!",
+    **dict.fromkeys((HTTP, f"{HTTP}/../../os.py", f"{HTTP}/../../xml/etree/ElementTree.py"), HERE),
+    SYSTEM_UNIT: UNIT_FILE.read_text(encoding="utf-8"),
+    LINK: f"-> /{SYSTEM_UNIT}",
+    SCRIPT_PATH: SCRIPT.read_text(encoding="utf-8"),
+}
+SYSTEMD = {os.path.normpath(name): content for name, content in SYSTEMD.items()}
+NETWORKD: Files = {
+    **service("systemd-networkd.service", "/usr/lib/systemd/systemd-networkd"),
+    "usr/lib/systemd/network/80-container-host0.network": "[Match]\nVirtualization=container\n"
+    "Name=host0\n[Network]\nDHCP=yes\n",
+    NETWORK: "[Match]\nDriver=hv_netvsc virtio_net\n[Network]\nDHCP=yes\n",
+}
+UBUNTU: Files = {
+    f"{LIB}/systemd-networkd.service": "[Service]\n",
+    f"{GENERATORS}/netplan": "#!",
+    NETPLAN: "network:\n  ethernets:\n    any:\n      match:\n        driver: hv_netvsc\n"
+    "      dhcp4: true # on any VM\n",
+    **service("ssh.socket", wants=f"{SYSTEM}/sockets.target.wants"),
+    f"{LIB}/ssh.service": "[Service]\nExecStartPre=/usr/bin/ssh-keygen -A\n",
+    GRUB: "menuentry a {\n\tlinux\t/vmlinuz root=LABEL=root ro net.ifnames=0 console=ttyS0\n}\n",
+    MODULES: "kernel/net/hv_netvsc.ko.zst: a.ko\nkernel/scsi/hv_storvsc.ko.zst: b.ko\n",
+    BUILTIN: "kernel/drivers/nvme/host/nvme.ko\n",
+}
+FEDORA: Files = {
+    **service("NetworkManager.service"),
+    PROFILE: "[connection]\ntype=wifi\ninterface-name=wlan0\n[ipv4]\nmethod=auto\n",
+    RULES: RULE,
+    **service("sshd.service", "/usr/sbin/sshd -D", "Wants=sshd-keygen.target"),
+    KEYGEN: "[Unit]\nWants=sshd-keygen@rsa.service\n",
+    f"{LIB}/sshd-keygen@.service": "[Service]\nExecStart=/usr/libexec/openssh/sshd-keygen %i\n",
+    "boot/loader/entries/a.conf": "linux /vmlinuz\noptions root=/dev/sda ro console=ttyS0,115200\n",
+    "boot/grub2/grub.cfg": "blscfg\n",
+}
+RHEL: Files = {
+    **FEDORA,
+    "usr/lib/NetworkManager/conf.d/00-server.conf": "[main]\nno-auto-default=*\n",
+    PROFILE: "[connection]\ntype=ethernet\n[ipv4]\nmethod=auto\n",
+}
+RHEL_8: Files = {**RHEL, PROFILE: "", IFCFG: 'DEVICE=eth0\nBOOTPROTO="dhcp" # all\nONBOOT=yes\n'}
+SLES: Files = {
+    **service("wicked.service"),
+    SUSE: "BOOTPROTO='dhcp'\nSTARTMODE='auto'\n",
+    **service("sshd.service", "/usr/sbin/sshd-gen-keys-start"),
+    "usr/sbin/sshd-gen-keys-start": "#!/bin/sh\nssh-keygen -A\n",
+}
+DEBIAN: Files = {
+    **service("networking.service"),
+    **dict.fromkeys(("usr/sbin/ifup", "usr/sbin/dhclient"), "\x7fELF"),
+    "etc/dhcp/dhclient.conf": "send host-name = gethostname();\n",
+    INTERFACES: "allow-hotplug eth0\niface eth0 inet dhcp\n",
+}
+OTHERS: Files = {
+    CLOUD: HERE,
+    f"{GENERATORS}/cloud-init-generator": "#!",
+    f"{LIB}/cloud-init.target": HERE,
+    **service("cloud-init-local.service", wants=f"{SYSTEM}/cloud-init.target.wants"),
+    **service("walinuxagent.service"),
+    "etc/waagent.conf": "Provisioning.Agent=disabled\n",
+    f"{LIB}/azure-init.service": HERE,  # not enabled
+    "var/lib/dbus/machine-id": "-> /etc/machine-id",
+}
+SOUND = (NETWORKD, UBUNTU, RHEL, FEDORA, RHEL_8, SLES, DEBIAN)
+
+
+def match(what: str, more: str = "") -> Files:
+    return {NETWORK: f"[Match]\n{what}\n[Network]\nDHCP=yes\n{more}\n"}
+
+
+def plan(interfaces: str) -> Files:
+    return {NETPLAN: f"network: {{ethernets: {{{interfaces}}}}}\n"}
+
+
+def profile(what: str = "", more: str = "") -> Files:
+    return {PROFILE: f"[connection]\ntype=ethernet\n{what}\n[ipv4]\nmethod=auto\n{more}\n"}
+
+
+NONE, READY = "no DHCP client is enabled", "so no VM reports Ready"
+SHARED, FIXED, ONE_MAC = "would be shared by all", "always sends the name golden", "one MAC address"
+RESCUE = {
+    f"{SYSTEM}/default.target": "-> /lib/systemd/system/rescue.target",
+    f"{LIB}/rescue.target": HERE,
+}
+HOME = {f"home/me/sbin/{SCRIPT.name}": SYSTEMD[SCRIPT_PATH], SCRIPT_PATH: ""}
+FIRST = "[Unit]\nConditionFirstBoot=yes\n[Service]\nExecStart=ssh-keygen -A\n"
+REPORTS = {"opt/a": "#!/bin/sh\ncurl 168.63.129.16/machine?comp=health"}
+
+# A distribution, what breaks it, and what is said: of the first file, unless another is named.
+BROKEN: List[Tuple[Any, ...]] = [
+    (NETWORKD, {SYSTEM_UNIT: "", LINK: ""}, f"missing, {READY}: run install.sh"),
+    (NETWORKD, {LINK: ""}, "not enabled, as on a provisioned VM", SYSTEM_UNIT),
+    (NETWORKD, {SYSTEM_UNIT: MASKED}, f"masked, {READY}"),
+    (NETWORKD, {SYSTEM_UNIT: "[Service]\nExecStart=/bin/true\n"}, "not this version's"),
+    (NETWORKD, {SCRIPT_PATH: "old"}, "not this version's"),
+    (NETWORKD, {SCRIPT_PATH: ""}, f"missing, {READY}"),
+    (NETWORKD, {DROP_IN: "[Unit]\nConditionPathExists=/no\n"}, "changes the unit"),
+    (NETWORKD, RESCUE, "does not start multi-user.target"),
+    (NETWORKD, {"usr/bin/python3.9": ""}, f"no such program, {READY}", "usr/bin/python3"),
+    (NETWORKD, {HTTP: ""}, f"missing, {READY}: install all Python"),
+    (NETWORKD, {"usr/local": "-> ../home/me", **HOME}, "sandbox hides /home", SCRIPT_PATH),
+    (NETWORKD, match("Driver=virtio_net"), "is for virtio_net"),
+    (NETWORKD, match("PermanentMACAddress=0022.48aa.bbcc"), "is for PermanentMACAddress="),
+    (UBUNTU, plan("enp0s3: {dhcp4: true}"), "is for enp0s3"),
+    (UBUNTU, plan("a: {match: {name: ens*}, dhcp4: yes}"), r"is for ens\*"),
+    (UBUNTU, plan(f"a: {{match: {{macaddress: '{MAC}'}}, dhcp4: true}}"), "is for macaddress: "),
+    (RHEL, profile("interface-name=ens192"), "is for ens192"),
+    (RHEL, profile(f"[ethernet]\nmac-address={MAC}"), "is for mac-address="),
+    (RHEL_8, {IFCFG: "DEVICE=ens192\nBOOTPROTO=dhcp\n"}, "is for ens192"),
+    (RHEL_8, {IFCFG: f"HWADDR={MAC}\nBOOTPROTO=dhcp\n"}, "is for HWADDR="),
+    (SLES, {SUSE.replace("eth0", "ens3"): "BOOTPROTO=dhcp\n", SUSE: ""}, "is for ens3"),
+    (NETWORKD, {NETWORKD_LINK: ""}, f"systemd-networkd.service is not enabled: {NONE}", NETWORK),
+    (NETWORKD, {NETWORK: "[Match]\nName=e*\n[Network]\nAddress=10.0.0.4/24\n"}, "has no DHCP=yes"),
+    (UBUNTU, {f"{SYSTEM}/systemd-networkd.service": MASKED}, "networkd.service is masked", NETPLAN),
+    (UBUNTU, {f"{GENERATORS}/netplan": ""}, f"netplan is not installed: {NONE}", NETPLAN),
+    (RHEL, {PROFILE: FEDORA[PROFILE]}, "there is no profile for eth0", MANAGER),
+    (RHEL, profile("autoconnect=false"), f"has autoconnect=false; .*{NONE}"),
+    (FEDORA, {NM_CONF: "[keyfile]\nunmanaged-devices=*,except:type:wifi\n"}, NONE, MANAGER),
+    (SLES, {SUSE: "BOOTPROTO=dhcp\nSTARTMODE=manual\n"}, NONE),
+    (NETWORKD, match("Name=eth0", f"[Link]\nMACAddress={MAC}"), ONE_MAC),
+    (UBUNTU, plan(f"eth0: {{dhcp4: true, macaddress: {MAC}}}"), ONE_MAC),
+    (RHEL, profile("", f"[ethernet]\ncloned-mac-address={MAC}"), ONE_MAC),
+    (RHEL_8, {IFCFG: f"{RHEL_8[IFCFG]}MACADDR={MAC}\n"}, ONE_MAC),
+    (DEBIAN, {INTERFACES: f"{DEBIAN[INTERFACES]} hwaddress ether {MAC}\n"}, ONE_MAC),
+    (UBUNTU, plan("a: {match: {name: eth*}, dhcp4: true}"), "second device"),
+    (RHEL, {RULES: RULE.replace("mana|mlx4_core|mlx5_core", "veth")}, "second device", PROFILE),
+    (NETWORKD, {f"{NETWORK}.d/a.conf": "[DHCPv4]\nHostname=golden\n"}, FIXED, NETWORK),
+    (UBUNTU, plan("eth0: {dhcp4: true, dhcp4-overrides: {hostname: golden}}"), FIXED),
+    (RHEL, profile("", "dhcp-send-hostname=false"), "sends no name"),
+    (RHEL_8, {IFCFG: f"{RHEL_8[IFCFG]}DHCP_HOSTNAME=golden\n"}, FIXED),
+    (UBUNTU, {GRUB: UBUNTU[GRUB].replace(" ro ", " systemd.hostname=a ")}, "systemd.hostname=a is"),
+    (RHEL, {"etc/ssh/ssh_host_rsa_key": "key"}, SHARED),
+    (RHEL, {"etc/machine-id": "0" * 32 + "\n"}, SHARED),
+    (RHEL, {"var/lib/dbus/machine-id": "0" * 32}, SHARED),
+    (RHEL, {f"{SYSTEM}/sshd-keygen.target": MASKED}, "nobody can log in", f"{LIB}/sshd.service"),
+    (UBUNTU, {f"{LIB}/ssh.service": FIRST}, "only runs if /etc/machine-id says uninitialized"),
+    (NETWORKD, {**OTHERS, CLOUD: ""}, "touch /etc/cloud/cloud-init.disabled", LOCAL),
+    (NETWORKD, service("walinuxagent.service"), "mask walinuxagent.service"),
+    (NETWORKD, service("azure-init.service"), "mask azure-init.service"),
+    (NETWORKD, service("afterburn-checkin.service"), "mask afterburn-checkin.service"),
+    (NETWORKD, {**service("a.service", "/opt/a"), **REPORTS}, "mask a.service"),
+    (UBUNTU, {BUILTIN: ""}, "no nvme", MODULES),
+    (UBUNTU, {GRUB: UBUNTU[GRUB].replace("console=ttyS0", "quiet")}, "without console=ttyS0"),
+]
+
+
+class CheckTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="azure check "))
+        self.addCleanup(shutil.rmtree, str(self.directory))
+        self.directory.chmod(0o755)
+        self.root = self.directory / "a tree"
+
+    def tree(self, *sets: Files) -> List[str]:
+        """Begin again, with what all images have and SETS of files; return the problems."""
+        shutil.rmtree(str(self.root), ignore_errors=True)
+        files: Files = {}
+        for more in (SYSTEMD, *sets):
+            files.update(more)
+        for path, content in ((self.root / name, text) for name, text in files.items() if text):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if content.startswith("-> "):
+                path.symlink_to(content[3:])
+            else:
+                path.write_bytes(content.encode())
+                path.chmod(0o755 if content.startswith("#!") else 0o644)
+        return problems(str(self.root))
+
+    def run_check(self, *arguments: str) -> Tuple[int, str]:
+        command = [sys.executable, "-m", "tests.check", *arguments]
+        done = subprocess.run(command, stdout=-1, stderr=-2, cwd=str(ROOT), timeout=30)
+        return done.returncode, done.stdout.decode("ascii")
+
+    def test_sound_trees_get_no_line_even_with_a_bom_and_line_ends_of_windows(self) -> None:
+        for files in SOUND:
+            self.assertEqual(self.tree(files), [])
+            windows = {
+                name: text if text.startswith("-> ") else "\ufeff" + text.replace("\n", "\r\n")
+                for name, text in {**files, **OTHERS}.items()
+                if text
+            }
+            self.assertEqual(self.tree(files, windows), [])
+
+    def test_each_fault_gets_one_line_that_names_the_file(self) -> None:
+        for base, files, says, *other in BROKEN:
+            with self.subTest(says, files=files):
+                (problem,) = self.tree(base, files)
+                file = re.escape((other or list(files))[0])
+                self.assertRegex(problem, f"^(/{file}|.*; /{file}): .*")
+                self.assertRegex(problem, says)
+
+    def test_odd_files_neither_stop_it_nor_lead_it_out_of_the_tree(self) -> None:
+        self.tree(NETWORKD)
+        os.mkfifo(str(self.root / "etc/systemd/network/20-fifo.network"))
+        (self.directory / "outside.network").write_text("[Match]\nMACAddress=00:22:48:00:00:00\n")
+        for target in ("30-4.network", "../" * 30 + str(self.directory), "/dev/zero", "/dev/tty"):
+            (self.root / f"etc/systemd/network/30-{len(target)}.network").symlink_to(target)
+        (self.root / "etc/ssh").symlink_to("../../../")  # the tree's root, as / has no parent
+        (self.root / "ssh_host_a\nb\x1b[2J_key").write_bytes(bytes(range(256)))
+        (self.root / "etc/netplan").symlink_to("netplan")
+        said = f"/etc/ssh/ssh_host_a\\nb\\x1b[2J_key: {SHARED} VMs: rm -f /etc/ssh/ssh_host_*\n"
+        self.assertEqual(self.run_check(str(self.root)), (1, said))
+
+    def test_garbage_in_any_file_is_survived(self) -> None:
+        for garbage in (bytes(range(256)), b"[" * 999, b"{a: [" * 999, b"\n" * 99999, b"- " * 999):
+            for base in SOUND:
+                self.tree(base)
+                for path in (self.root / name for name in base):
+                    if path.is_file() and not path.is_symlink():
+                        path.write_bytes(garbage)
+                problems(str(self.root))
+
+    def test_what_cannot_be_read_is_a_problem(self) -> None:
+        self.tree(RHEL)
+        (self.root / PROFILE).chmod(0)
+        user = os.geteuid()
+        os.seteuid(user or 65534)
+        try:
+            found = problems(str(self.root))
+        finally:
+            os.seteuid(user)
+        self.assertIn(f"/{PROFILE}: cannot be read, so it was not checked: run it as root", found)
+
+    def test_presets_enable_units_at_a_first_boot_unless_the_root_is_read_only(self) -> None:
+        preset = {"usr/lib/systemd/system-preset/90.preset": "enable systemd-networkd.service\n"}
+        preset[f"{LIB}/systemd-networkd.service"] = "[Install]\nWantedBy=multi-user.target\n"
+        for machine_id, mode, says in (
+            ("uninitialized\n", "rw", "^$"),
+            ("uninitialized\n", "ro", f"^/{NETWORK}: only a preset enables systemd-networkd"),
+            ("\n", "rw", f"^/{NETWORK}: systemd-networkd.service is not enabled"),
+        ):
+            files = {GRUB: f"linux /a root=b {mode} console=ttyS0\n", "etc/machine-id": machine_id}
+            self.assertRegex("".join(self.tree(NETWORKD, preset, files, {NETWORKD_LINK: ""})), says)
+
+    def test_all_problems_are_told_at_once_and_status_says_whether_there_are_any(self) -> None:
+        self.tree(NETWORKD)
+        sound = self.run_check(str(self.root))
+        self.assertEqual(sound, (0, f"Nothing was found in '{self.root}'.\n"))
+        self.tree(NETWORKD, {"usr/bin/python3": "", NETWORK: "", LINK: ""})
+        status, output = self.run_check(str(self.root))
+        self.assertEqual((status, len(output.splitlines())), (1, 3))
+
+    def test_wrong_usage_is_told(self) -> None:
+        for argument, says in (
+            (str(ROOT / "install.sh"), "mount a disk image: systemd-dissect --mount"),
+            (str(self.directory), "has no usr directory"),
+            ("--bogus", "unrecognized arguments"),
+        ):
+            status, output = self.run_check(argument)
+            self.assertEqual((status, says in output), (2, True), output)
