@@ -35,10 +35,8 @@ keys=$(for key in /etc/ssh/ssh_host_*_key.pub; do ssh-keygen -lf "$key"; done | 
 echo $({login} cat /etc/machine-id) $keys, failed: $(systemctl list-units --failed --no-legend)
 """
 # The user of the image logs in, and is root.
-LOGIN = (
-    "ssh -i /usr/local/key -o BatchMode=yes -o StrictHostKeyChecking=no -o LogLevel=ERROR"
-    " azureuser@localhost sudo"
-)
+OPTIONS = "-i /usr/local/key -o BatchMode=yes -o StrictHostKeyChecking=no -o LogLevel=ERROR"
+LOGIN = f"ssh {OPTIONS} azureuser@localhost sudo"
 
 
 def add_identity_service(root: Path, login: str = "") -> None:
@@ -99,7 +97,6 @@ class PackerTest(RecipeTest):
     def setUp(self) -> None:
         skip_if([] if which("packer") else ["packer"])
         super().setUp()
-        self.template = self.recipes / "packer.pkr.hcl"
         self.tree = Tree(self.directory, PACKAGES)
         command("chroot", self.tree.root, "useradd", "--create-home", "packer")
         self.tree.write("home/packer/.ssh/authorized_keys", self.public_key)
@@ -120,7 +117,7 @@ class PackerTest(RecipeTest):
     def packer(self, status: int) -> str:
         """Run the provisioners; return what Packer says."""
         sshd = self.container("mkdir -p /run/sshd && exec /usr/sbin/sshd -D")
-        build = ("packer", "build", "-color=false", "-only=null.*", self.template)
+        build = ("packer", "build", "-color=false", "-only=null.*", self.recipes / "packer.pkr.hcl")
         with subprocess.Popen(sshd, stderr=subprocess.DEVNULL) as machine:
             try:
                 done = attempt(
@@ -143,12 +140,9 @@ class PackerTest(RecipeTest):
         self.assertRegex(self.packer(status=1), "install.sh: .* masked")
 
     def test_image_is_sound_and_so_is_that_of_its_vm(self) -> None:
-        command("packer", "validate", self.template, CHECKPOINT_DISABLE=1)
+        command("packer", "validate", self.recipes / "packer.pkr.hcl", CHECKPOINT_DISABLE=1)
         self.packer(status=0)
         self.check(status=0)
-        etc = self.tree.root / "etc"
-        self.assertEqual(list(etc.glob("ssh/ssh_host_*")), [])
-        self.assertEqual((etc / "machine-id").read_text(), "")
         self.assertTrue((self.tree.root / RULE).exists())
         homes = [home.name for home in (self.tree.root / "home").iterdir()]
         self.assertEqual(homes, ["azureuser"])
@@ -203,9 +197,9 @@ class LiveTest(RecipeTest):
             for text in ("recipe: status 0", "properties before: 0", "properties of a slave: 3"):
                 self.assertIn(text, boot.console)
             (builder,) = identities(boot.console)
-            source = [f"driver=qcow2,file.filename={vm.path('disk')}"]
-            source += [f"backing.{option}" for option in split_options(vm.image.options)]
-            command("qemu-img", "convert", "--image-opts", ",".join(source), "-O", "qcow2", disk)
+            backing = [f",backing.{option}" for option in split_options(vm.image.options)]
+            source = f"driver=qcow2,file.filename={vm.path('disk')}" + "".join(backing)
+            command("qemu-img", "convert", "--image-opts", source, "-O", "qcow2", disk)
         self.rehearse(disk, 1, builder)
 
 
