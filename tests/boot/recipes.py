@@ -144,8 +144,7 @@ class PackerTest(RecipeTest):
         self.packer(status=0)
         self.check(status=0)
         self.assertTrue((self.tree.root / RULE).exists())
-        homes = [home.name for home in (self.tree.root / "home").iterdir()]
-        self.assertEqual(homes, ["azureuser"])
+        self.assertEqual(command("ls", self.tree.root / "home"), "azureuser\n")
 
         first_boot = f"systemctl disable {UNIT} && ssh-keygen -A && systemd-machine-id-setup"
         command(*self.container(first_boot))
@@ -175,7 +174,6 @@ properties() {{ udevadm test /sys/class/net/$interface 2>/dev/null | grep -ci un
 echo "properties before: $(properties)"
 ip link add bond0 type bond && ip link set $interface down && ip link set $interface master bond0
 echo "properties of a slave: $(properties)"
-sync
 systemctl poweroff
 """
 
@@ -224,24 +222,19 @@ Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 RUN_MKOSI = """\
 mount --bind root root
 mount -t proc proc root/proc
-mount --rbind /sys root/sys
-mount --rbind /dev root/dev
+for name in dev sys; do mount --rbind /$name root/$name; done
 mount -t tmpfs tmpfs root/run
-mkdir "root/a clone"
-mount --bind "$0" "root/a clone"
+mount --bind -o X-mount.mkdir "$0" "root/a clone"
 exec chroot root sh -c 'cd "/a clone/tests/recipes/mkosi" && exec mkosi build'
 """
 
 
 class MkosiTest(RecipeTest):
-    """With the mkosi of Debian 13."""
-
     def test_disk_provisions_although_presets_disable_everything(self) -> None:
         root = self.directory / "root"
-        mkosi = image("mkosi", "trixie", ["mkosi", "ca-certificates"])
+        mkosi = image("mkosi", "trixie", ["mkosi", "ca-certificates"])  # Debian 12's is too old
         command("cp", "--archive", "--reflink=auto", mkosi, root)
-        for name in ("resolv.conf", "hosts"):
-            shutil.copy(f"/etc/{name}", str(root / "etc"))
+        command("cp", "/etc/resolv.conf", "/etc/hosts", root / "etc")
         recipe = self.recipes / "mkosi"
         sources = "mkosi.sandbox/etc/apt/sources.list.d/mkosi.sources"
         write(recipe, sources, SOURCES.format(mirror=mirror()[0]))
