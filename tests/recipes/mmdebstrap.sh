@@ -8,8 +8,8 @@ mkdir -p "$directory"
 directory=$(CDPATH='' cd -- "$directory" && pwd)
 tree=$directory/tree disk=$directory/disk.raw root=$directory/root
 
-mmdebstrap --variant=minbase --include="systemd-sysv,systemd-resolved,dbus,udev,python3,\
-openssh-server,sudo,linux-image-cloud-amd64,grub-cloud-amd64" "$suite" "$tree"
+mmdebstrap --variant=minbase --include="systemd-sysv,systemd-resolved,libnss-myhostname,dbus,\
+udev,python3,openssh-server,sudo,linux-image-cloud-amd64,grub-cloud-amd64" "$suite" "$tree"
 cat >"$tree/etc/fstab" <<EOF
 LABEL=root / ext4 defaults 0 1
 LABEL=ESP /boot/efi vfat umask=0077 0 1
