@@ -53,7 +53,7 @@ clean_up() {
     losetup --detach "$loop"
 }
 trap clean_up EXIT
-partx --add "$loop"
+partx --update "$loop" # where losetup left some behind, --add would fail
 mke2fs -q -t ext4 -L root -d "$tree" "${loop}p3"
 mount "${loop}p3" "$root"
 for name in dev proc sys; do mount --rbind --make-rslave "/$name" "$root/$name"; done
