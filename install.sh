@@ -14,7 +14,6 @@ PYTHON=${PYTHON:-/usr/bin/python3}
 usage() {
     cat <<EOF
 usage: [VARIABLE=value ...] ./install.sh [--no-enable | --uninstall | --help]
-
 Install the provisioning of Azure VMs. It runs at the next boot, not now.
 
   --no-enable  leave the unit disabled: install neither its link nor its preset
@@ -90,8 +89,9 @@ files = sys.argv[1:] + [sys.executable]
 sys.argv = ["azure_provision.py", "--version"]
 try:
     exec(compile(sys.stdin.buffer.read(), sys.argv[0], "exec"), {"__name__": "__main__"})
-except SystemExit:
-    sys.stdout.flush()
+except SystemExit as end:
+    if end.code: raise
+sys.stdout.flush()
 files += [module.__file__ for module in list(sys.modules.values()) if hasattr(module, "__file__")]
 for file in filter(None, files):
     for hidden in "/home", "/root", "/run/user", "/tmp", "/var/tmp":

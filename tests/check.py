@@ -54,12 +54,12 @@ def installation(image: ImageFiles) -> Iterator[str]:
         yield f"{target}: does not start multi-user.target, so no VM reports Ready: delete it"
     for drop_in in image.layered(f"systemd/system/{UNIT}.d/*.conf"):
         yield f"{drop_in}: changes the unit, which may then fail: delete it"
-    exec_start = r"(?m)^ExecStart=(\S+) -I -S (\S+)$"
+    exec_start = r"(?m)^ExecStart=(\S+)( .*)? (\S+)$"  # PYTHON and PREFIX are of one's own choice
     ours, command = (HERE / UNIT).read_text(encoding="utf-8"), re.search(exec_start, text)
-    if not command or re.sub(exec_start, "", text) != re.sub(exec_start, "", ours):
+    if not command or re.sub(exec_start, r"\2", text) != re.sub(exec_start, r"\2", ours):
         yield f"{file}: is not this version's, so it was not tested: {AGAIN}"
     if command:
-        yield from programs(image, *command.groups())
+        yield from programs(image, command.group(1), command.group(3))
 
 
 def programs(image: ImageFiles, python: str, script: str) -> Iterator[str]:
@@ -77,9 +77,9 @@ def programs(image: ImageFiles, python: str, script: str) -> Iterator[str]:
     elif version:
         places = [f"{prefix}/{lib}/python{version.group()}" for lib in ("lib", "lib64")]
         library = next((place for place in places if image.stat(f"{place}/os.py")), None)
-        for module in MODULES:
-            if library and not image.stat(f"{library}/{module}"):
-                yield f"{library}/{module}: missing, {fails}: install all Python"
+        for file in (f"{library}/{module}" for module in MODULES if library):
+            if not image.stat(file):
+                yield f"{file}: missing, {fails}: install python3 with its whole library"
     for path in (script, python):
         for hidden in HIDDEN:
             if f"{image.resolve(path)}/".startswith(f"{image.resolve(hidden)}/"):

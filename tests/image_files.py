@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Deque, Dict, List, Optional, Set, Tuple
 
 MAX_FILE = 4 << 20  # bytes; the largest are lists of modules
+MAX_FILES = 9999
 LAYERS = ("etc", "usr/local/lib", "usr/lib", "lib")  # the first that has a file wins
 
 # Where a boot loader has the kernel's command line; the first group that does is used.
@@ -187,7 +188,7 @@ class ImageFiles:
         except OSError:
             self.unreadable.add(path)
             return ""
-        return text.replace("\0", "").replace("\r\n", "\n")
+        return text.replace("\0", "")
 
     def list(self, pattern: str) -> List[str]:
         """The paths that match PATTERN, sorted."""
@@ -195,6 +196,7 @@ class ImageFiles:
         for part in pattern.strip("/").split("/"):
             names = self.names if "*" in part else lambda path, part=part: [part]
             found = [f"{path}/{n}" for path in found for n in names(path) if fnmatchcase(n, part)]
+            del found[MAX_FILES:]  # links can form loops
         return [path for path in found if self.exists(path)]
 
     def names(self, directory: str) -> List[str]:

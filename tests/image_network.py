@@ -184,15 +184,17 @@ def ifcfg(image: ImageFiles) -> Iterator[Config]:
         yield Config(file, [device] if device else [], (), never, off, sent, service)
 
 
-def interface_lines(image: ImageFiles, file: str, depth: int = 0) -> List[Tuple[str, List[str]]]:
-    """Its lines and those of sourced files, with the file that each stands in: interfaces(5)."""
+def interface_lines(image: ImageFiles, file: str, seen: List[str]) -> List[Tuple[str, List[str]]]:
+    """Lines, those of sourced files too, with the file that each stands in: interfaces(5)."""
     lines: List[Tuple[str, List[str]]] = []
-    for line in map(str.split, image.text_of(file).split("\n")):
-        if line[:1] in (["source"], ["source-directory"]) and depth < 9:
-            for included in image.list(line[-1] + ("/*" if "-" in line[0] else "")):
-                lines += interface_lines(image, included, depth + 1)
-        elif line:
-            lines.append((file, line))
+    if file not in seen:
+        seen.append(file)
+        for line in map(str.split, image.text_of(file).split("\n")):
+            if line[:1] in (["source"], ["source-directory"]):
+                for included in image.list(line[-1] + ("/*" if "-" in line[0] else "")):
+                    lines += interface_lines(image, included, seen)
+            elif line:
+                lines.append((file, line))
     return lines
 
 
@@ -222,7 +224,7 @@ def ifupdown(image: ImageFiles) -> Iterator[Config]:
         if any(image.stat(f"{place}/{client}") for place in places)
     ]
     sent = sent_by(image, clients[0]) if clients else ""
-    lines = interface_lines(image, "/etc/network/interfaces")
+    lines = interface_lines(image, "/etc/network/interfaces", [])
     started: Dict[str, str] = {}  # a name or pattern of interfaces: why its class is not started
     for _, (keyword, *names) in lines:
         if keyword in ("auto", "allow-auto", "allow-hotplug"):

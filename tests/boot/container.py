@@ -73,11 +73,11 @@ def image(variant: str, suite: str = SUITE, others: Sequence[str] = ()) -> Path:
     key = hashlib.sha256(packages.encode()).hexdigest()[:8]
     directory = CACHE / f"{suite}-{variant}-{key}"
     CACHE.mkdir(parents=True, exist_ok=True)
-    with open(str(CACHE / "lock"), "w") as lock:
+    with open(f"{directory}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be building it
         if not directory.exists():
             print(f"building {directory}", file=sys.stderr, flush=True)
-            unfinished = CACHE / "unfinished"
+            unfinished = CACHE / f"unfinished-{directory.name}"
             shutil.rmtree(str(unfinished), ignore_errors=True)
             options = ("--quiet", "--variant=minbase", f"--include={packages}")
             old = '--aptopt=Acquire::Check-Valid-Until "false"'

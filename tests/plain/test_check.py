@@ -69,8 +69,8 @@ NETWORKD: Files = {
 UBUNTU: Files = {
     f"{LIB}/systemd-networkd.service": "[Service]\n",
     f"{GENERATORS}/netplan": "#!",
-    NETPLAN: "network:\n  ethernets:\n    any:\n      match:\n        driver: hv_netvsc\n"
-    "      dhcp4: true # on any VM\n",
+    NETPLAN: "network: # {a: [b\n  ethernets:\n    a:\n      match:\n        driver: hv_netvsc\n"
+    "      dhcp4: true\n",
     **service("ssh.socket", wants=f"{SYSTEM}/sockets.target.wants"),
     f"{LIB}/ssh.service": "[Service]\nExecStartPre=/usr/bin/ssh-keygen -A\n",
     GRUB: "menuentry a {\n\tlinux\t/vmlinuz root=LABEL=root ro net.ifnames=0 console=ttyS0\n}\n",
@@ -80,6 +80,7 @@ UBUNTU: Files = {
 FEDORA: Files = {
     **service("NetworkManager.service"),
     PROFILE: "[connection]\ntype=wifi\ninterface-name=wlan0\n[ipv4]\nmethod=auto\n",
+    NM_CONF: "[keyfile]\nunmanaged-devices=*,except:type:ethernet\n",
     RULES: RULE,
     **service("sshd.service", "/usr/sbin/sshd -D", "Wants=sshd-keygen.target"),
     KEYGEN: "[Unit]\nWants=sshd-keygen@rsa.service\n",
@@ -94,7 +95,7 @@ RHEL: Files = {
 }
 RHEL_8: Files = {**RHEL, PROFILE: "", IFCFG: 'DEVICE=eth0\nBOOTPROTO="dhcp" # all\nONBOOT=yes\n'}
 SLES: Files = {
-    **service("wicked.service"),
+    **service("wicked.service", wants=f"{SYSTEM}/graphical.target.wants"),
     SUSE: "BOOTPROTO='dhcp'\nSTARTMODE='auto'\n",
     **service("sshd.service", "/usr/sbin/sshd-gen-keys-start"),
     "usr/sbin/sshd-gen-keys-start": "#!/bin/sh\nssh-keygen -A\n",
@@ -151,7 +152,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, {DROP_IN: "[Unit]\nConditionPathExists=/no\n"}, "changes the unit"),
     (NETWORKD, RESCUE, "does not start multi-user.target"),
     (NETWORKD, {"usr/bin/python3.9": ""}, f"no such program, {READY}", "usr/bin/python3"),
-    (NETWORKD, {HTTP: ""}, f"missing, {READY}: install all Python"),
+    (NETWORKD, {HTTP: ""}, f"missing, {READY}: install python3 with"),
     (NETWORKD, {"usr/local": "-> ../home/me", **HOME}, "sandbox hides /home", SCRIPT_PATH),
     (NETWORKD, match("Driver=virtio_net"), "is for virtio_net"),
     (NETWORKD, match("PermanentMACAddress=0022.48aa.bbcc"), "is for PermanentMACAddress="),
@@ -165,6 +166,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (SLES, {SUSE.replace("eth0", "ens3"): "BOOTPROTO=dhcp\n", SUSE: ""}, "is for ens3"),
     (NETWORKD, {NETWORKD_LINK: ""}, f"systemd-networkd.service is not enabled: {NONE}", NETWORK),
     (NETWORKD, {NETWORK: "[Match]\nName=e*\n[Network]\nAddress=10.0.0.4/24\n"}, "has no DHCP=yes"),
+    (NETWORKD, {"etc/systemd/network/05.network": "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
     (UBUNTU, {f"{SYSTEM}/systemd-networkd.service": MASKED}, "networkd.service is masked", NETPLAN),
     (UBUNTU, {f"{GENERATORS}/netplan": ""}, f"netplan is not installed: {NONE}", NETPLAN),
     (RHEL, {PROFILE: FEDORA[PROFILE]}, "there is no profile for eth0", MANAGER),
@@ -244,7 +246,7 @@ class CheckTest(unittest.TestCase):
                 self.assertRegex(problem, says)
 
     def test_odd_files_neither_stop_it_nor_lead_it_out_of_the_tree(self) -> None:
-        self.tree(NETWORKD)
+        self.tree(NETWORKD, {"usr/sbin/ifup": HERE})
         os.mkfifo(str(self.root / "etc/systemd/network/20-fifo.network"))
         (self.directory / "outside.network").write_text("[Match]\nMACAddress=00:22:48:00:00:00\n")
         for target in ("30-4.network", "../" * 30 + str(self.directory), "/dev/zero", "/dev/tty"):
@@ -252,6 +254,9 @@ class CheckTest(unittest.TestCase):
         (self.root / "etc/ssh").symlink_to("../../../")  # the tree's root, as / has no parent
         (self.root / "ssh_host_a\nb\x1b[2J_key").write_bytes(bytes(range(256)))
         (self.root / "etc/netplan").symlink_to("netplan")
+        (self.root / "etc/network").mkdir()
+        (self.root / INTERFACES).write_text("source /etc/network/*\n" * 99 + "source /" + "*/" * 99)
+        (self.root / "etc/network/more").symlink_to(".")
         said = f"/etc/ssh/ssh_host_a\\nb\\x1b[2J_key: {SHARED} VMs: rm -f /etc/ssh/ssh_host_*\n"
         self.assertEqual(self.run_check(str(self.root)), (1, said))
 

@@ -32,12 +32,9 @@ sys.argv[:1] = []
 exec(sys.argv[0])' "$5" "$6" "$7"
 """
 HIDING = REAL_PYTHON % 'sys.modules["http.client"] = None'
-ELSEWHERE = (
-    REAL_PYTHON
-    % """os.path.realpath = realpath
+ELSEWHERE = """os.path.realpath = realpath
 sys.executable, sys.modules["a"] = "", types.ModuleType("a")
 sys.modules["a"].__file__ = "/root/a.py\""""
-)
 
 # Shells that the installer is run with, where they are installed; the last with its own tools.
 SHELLS = (["dash"], ["bash", "--posix"], ["busybox", "sh"])
@@ -53,7 +50,7 @@ REFUSED: Tuple[Tuple[Dict[str, str], Dict[str, str], str], ...] = (
     *(({}, {"PREFIX": f"/a{character}"}, "letters, digits") for character in " \n\t%$&|\\'\"é*;"),
     *(({}, {"PREFIX": f"{path}/a"}, NOT_THERE) for path in ("/home", "/root", "/tmp", "/var/tmp")),
     ({}, {"PYTHON": "/run/user/0/python3"}, NOT_THERE),
-    ({PYTHON: ELSEWHERE}, {}, f"/root/.*py is under /root: {NOT_THERE}"),
+    ({PYTHON: REAL_PYTHON % ELSEWHERE}, {}, f"/root/.*py is under /root: {NOT_THERE}"),
     ({}, {"DESTDIR": "/no such"}, "is not a directory; for a disk image: systemd-dissect --mount"),
     ({}, {"DESTDIR": str(SCRIPT)}, "is not a directory; for a disk image: systemd-dissect"),
     ({}, {"DESTDIR": f"{ROOT}\n"}, "control character"),
@@ -185,12 +182,13 @@ class InstallTest(unittest.TestCase):
         clone = self.directory / "a clone"
         clone.mkdir()
         for file in (INSTALLER, SCRIPT, UNIT_FILE):
-            shutil.copy(str(file), str(clone))
+            shutil.copyfile(str(file), str(clone / file.name))
+        (clone / INSTALLER.name).chmod(0o755)
         (self.directory / "link").symlink_to("a clone/install.sh")
         for self.installer in ("a clone/install.sh", "./link"):
             self.new_tree()
             self.succeed(DESTDIR="an image", before=f"cd '{self.directory}'", CDPATH=self.directory)
-            self.assertIn(SCRIPT_PATH, self.files())
+            self.assertEqual(self.files()[SCRIPT_PATH], INSTALLED[SCRIPT_PATH])
 
     def test_modes_do_not_depend_on_the_umask_and_existing_ones_stay(self) -> None:
         existing = self.tree / "usr/local/sbin"
