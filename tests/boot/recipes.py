@@ -170,7 +170,7 @@ rm -rf /srv/azure* /usr/local/build /etc/systemd/system/build.service
 mkdir -p /run/udev/rules.d
 sed s/mana/virtio_net/ /{RULE} >/run/udev/rules.d/68-test.rules
 interface=$(basename /sys/class/net/e*)
-properties() {{ udevadm test /sys/class/net/$interface 2>&1 | grep -c ^NM_UNMANAGED=1; }}
+properties() {{ udevadm test /sys/class/net/$interface 2>&1 | grep -c ^AZURE_UNMANAGED; }}
 echo "properties before: $(properties)"
 ip link add bond0 type bond && ip link set $interface down && ip link set $interface master bond0
 echo "properties of a slave: $(properties)"
