@@ -7,7 +7,6 @@ Exit status: 0 provisioned (or not on Azure, or a dry run), 1 failed, 2 refused.
 """
 
 import argparse
-import errno
 import html
 import json
 import os
@@ -18,6 +17,7 @@ import struct
 import sys
 import time
 from contextlib import closing, suppress
+from errno import EHOSTUNREACH, ENETUNREACH
 from http.client import HTTPConnection
 from subprocess import STDOUT, CalledProcessError, TimeoutExpired, check_output
 from typing import Callable, Dict, List, Sequence, Set, Tuple, TypeVar
@@ -130,7 +130,7 @@ def keep_trying(attempt: Callable[[], T], limit: float) -> T:
             if problem != logged:
                 log(WARNING, f"{problem}; retrying for up to {limit - spent:.0f} s")
                 logged = problem
-            unsent = getattr(cause, "errno", 0) == errno.ENETUNREACH  # without a route
+            unsent = getattr(cause, "errno", 0) in (ENETUNREACH, EHOSTUNREACH)  # without a route
             time.sleep(0 if unsent else MIN_PAUSE)
             wait_for_event(events, MAX_PAUSE if unsent else MAX_PAUSE - MIN_PAUSE)
 
@@ -200,7 +200,7 @@ def fetch_hostname(imds: str) -> str:
             _, body = exchange(imds, OLD_METADATA, IMDS_HEADERS, (200,))
         try:
             compute = json.loads(body.decode("utf-8-sig"))["compute"]
-            computer_name = (compute.get("osProfile") or {}).get("computerName")
+            computer_name = (compute.get("osProfile") or {"computerName": ""})["computerName"]
             # "name" is the VM resource's, in a scale set not even a hostname ("myset_0")
             name = computer_name or compute["name"]
             return name.strip(), "computerName" if computer_name else "name"

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -43,6 +44,17 @@ socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendmsg(
 CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000  # unshare(2)
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1  # netdevice(7)
+
+
+MIB = 1024 * 1024  # bytes
+FIXED_VHD, EXTERNAL_DATA = 2, 4  # the kind in a VHD's footer; a feature in a qcow2's header
+GPT = 0xEE  # the kind of a partition in an MBR
+LOADERS = {"x86_64": b"BOOTX64 EFI", "aarch64": b"BOOTAA64EFI"}  # short names of EFI/BOOT/BOOT….EFI
+MAX_SEARCH, SEARCH_STEP = 4 * 1024 * 1024, 128 * 1024  # sectors
+
+KERNEL = re.compile(r"Linux version |^\[ *\d+\.\d{6}\] ")
+PROMPT = re.compile(r"(?<!Last )\blogin:")
+LONGEST_LINE = 4096  # bytes, of a console
 
 
 class VMError(Exception):
@@ -167,29 +179,61 @@ class Image(NamedTuple):
 
     options: str  # for QEMU to open it
     size: int  # bytes, of the disk
-    format: str
+    format: str  # of QEMU: raw, qcow2, vhdx, vpc
+    obstacle: str = ""  # why Azure does not take this VHD
+    flat: Optional[Path] = None  # the file that has the disk's bytes as they are
+
+    def read(self, start: int, size: int) -> bytes:
+        """SIZE bytes of the disk, or as many as it has; both in whole sectors of 512."""
+        size = min(-(-size // 512) * 512, (self.size - start) // 512 * 512)
+        if size <= 0:
+            return b""
+        if self.flat:
+            with self.flat.open("rb") as file:
+                file.seek(start)
+                return file.read(size)
+        options = [f"file.{option}" for option in split_options(self.options)]
+        part = ",".join(["driver=raw", f"offset={start}", f"size={size}", *options])
+        with tempfile.NamedTemporaryFile(prefix="azure-vm-") as copy:
+            words = ("--force-share", "--image-opts", "-O", "raw", part, copy.name)
+            run_tool("qemu-img", "convert", *words)
+            return Path(copy.name).read_bytes()
 
 
 def inspect(path: Path) -> Image:
-    """What QEMU makes of the file at PATH; raises VMError if it is not a disk."""
+    """What the file at PATH is; raises VMError if it is not a disk, or not one file.
 
-    def info(*words: str) -> Any:
-        return json.loads(run_tool("qemu-img", "info", "--force-share", "--output=json", *words))
-
-    if read_footer(path).startswith(b"conectix"):
-        # qemu-img takes a VHD of fixed size for a raw image. Azure goes by the size that the
-        # footer states, QEMU by its geometry, which is smaller.
-        driver = "vpc,force_size_calc=current_size"
+    QEMU is told the format, as it would open whatever files an image of its own choice names.
+    """
+    head, footer, size = read_ends(path)
+    obstacle, options, kind = "", "", 0
+    if footer.startswith(b"conectix"):
+        # QEMU would go by the geometry, which is smaller; Azure goes by the size that is stated.
+        driver, options = "vpc", "force_size_calc=current_size,"
+        stated, kind = struct.unpack_from(">Q4xI", footer, 48)
+        if kind != FIXED_VHD:
+            obstacle = "its size is dynamic, not fixed"
+        elif stated % MIB or stated != size - len(footer):
+            obstacle = f"it has {size - len(footer):,} bytes, its footer says {stated:,}: Azure "
+            obstacle += "wants both to be the same, and whole MiB"
+    elif head.startswith(b"QFI\xfb"):
+        driver = "qcow2"
+        version, backing, features = struct.unpack_from(">IQ56xQ", head, 4)
+        if backing or (version > 2 and features & EXTERNAL_DATA):
+            command = "qemu-img convert -O qcow2 IMAGE FLAT"
+            raise VMError(f"{path}: it has its data in another file: flatten it first: {command}")
     else:
-        driver = info(str(path.resolve()))["format"]
+        driver = "vhdx" if head.startswith(b"vhdxfile") else "raw"
     filename = str(path.resolve()).replace(",", ",,")
-    options = f"driver={driver},file.filename={filename}"
-    found = info("--image-opts", options)
-    return Image(options, found["virtual-size"], found["format"])
+    options = f"driver={driver},{options}file.filename={filename}"
+    words = ("--force-share", "--output=json", "--image-opts", options)
+    found = json.loads(run_tool("qemu-img", "info", *words))
+    flat = path if driver == "raw" or (driver == "vpc" and kind == FIXED_VHD) else None
+    return Image(options, found["virtual-size"], driver, obstacle, flat)
 
 
-def read_footer(path: Path) -> bytes:
-    """The last sector of the file at PATH; raises VMError if there is none."""
+def read_ends(path: Path) -> Tuple[bytes, bytes, int]:
+    """The first and the last sector of the file at PATH, and its size."""
     if path.exists() and not path.is_file() and not path.is_block_device():
         raise VMError(f"{path}: not a disk: neither a file nor a block device")
     with path.open("rb", 0) as file:
@@ -197,7 +241,35 @@ def read_footer(path: Path) -> bytes:
         if size < 512:
             raise VMError(f"{path}: not a disk: it has {size} bytes")
         file.seek(size - 512)
-        return file.read(512)
+        footer = file.read(512)
+        file.seek(0)
+        return file.read(512), footer, size
+
+
+def efi_loaders(image: Image) -> List[str]:
+    """The architectures for which a FAT partition of the disk has the loader in EFI/BOOT.
+
+    Its short name is searched for, which only a directory has.
+    """
+    table, found = image.read(0, 512), set()
+    if table[450] == GPT:
+        first, count, size = struct.unpack_from("<QII", image.read(512, 512).ljust(512), 72)
+        table = image.read(512 * first, min(count * size, 64 * 1024))
+        ends = [struct.unpack_from("<QQ", entry) for entry in cut(table[32:], max(size, 128))]
+        parts = [(start, end - start + 1) for start, end in ends if start]
+    else:
+        parts = [struct.unpack_from("<II", entry, 8) for entry in cut(table[446:510], 16)]
+    for start, size in parts:
+        if b"FAT" in image.read(512 * start, 512)[54:90]:
+            for place in range(start, start + min(size, MAX_SEARCH), SEARCH_STEP):
+                block = image.read(512 * place, 512 * min(SEARCH_STEP, start + size - place))
+                found |= {loader for loader in LOADERS if LOADERS[loader] in block}
+    return sorted(found)
+
+
+def cut(data: bytes, size: int) -> List[bytes]:
+    """The pieces of SIZE bytes of DATA, but for a last one of less than 16."""
+    return [data[at : at + size] for at in range(0, len(data) - 15, size)]
 
 
 def split_options(options: str) -> List[str]:
@@ -205,30 +277,92 @@ def split_options(options: str) -> List[str]:
     return [option.replace("\0", ",,") for option in options.replace(",,", "\0").split(",")]
 
 
-def run_tool(*command: str, timeout: Optional[float] = None) -> str:
-    """The output of a command; raises VMError with its last line, or TimeoutExpired."""
+SIGNALS: List[int] = []  # that ask us to end: a handler that raised could interrupt the cleaning up
+
+
+def run_tool(*command: str, timeout: float = 60) -> str:
+    """The output of a command; raises VMError with its last line, or if it takes TIMEOUT s."""
+    latest = time.monotonic() + timeout
     try:
-        process = subprocess.run(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
             start_new_session=True,  # Ctrl-C is for us alone
-            timeout=timeout,
+            preexec_fn=die_with_parent,
         )
     except FileNotFoundError:
-        packages = "in Debian: apt install qemu-system-x86 qemu-utils"
+        packages = "in Debian: apt install qemu-system-x86 qemu-utils, for Arm64 qemu-system-arm"
         raise VMError(f"{command[0]} is not installed ({packages})") from None
+    with process:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                output, errors = (
+                    text.decode("utf-8", "replace") for text in process.communicate(timeout=0.2)
+                )
+                break
+            if SIGNALS or time.monotonic() > latest:
+                process.kill()
+                if SIGNALS:
+                    raise KeyboardInterrupt
+                raise VMError(f"{command[0]} did not end within {timeout} s")
     if process.returncode:
-        raise VMError(printable((process.stderr.strip() or command[0]).splitlines()[-1]))
-    return process.stdout
+        raise VMError((errors.strip() or command[0]).splitlines()[-1])
+    return output
 
 
 # The VM.
 
-CPU = {"kvm": ("-accel", "kvm", "-cpu", "host"), "tcg": ("-accel", "tcg", "-cpu", "max")}
+# What Azure's provisioning DVD has for those who do not ask IMDS, such as waagent.
+OVF_ENV = b"""\
+<?xml version="1.0" encoding="utf-8"?>
+<Environment xmlns="http://schemas.dmtf.org/ovf/environment/1" \
+xmlns:wa="http://schemas.microsoft.com/windowsazure">
+<wa:ProvisioningSection><wa:Version>1.0</wa:Version>
+<wa:LinuxProvisioningConfigurationSet>
+<wa:ConfigurationSetType>LinuxProvisioningConfiguration</wa:ConfigurationSetType>
+<wa:HostName>%s</wa:HostName><wa:UserName>azureuser</wa:UserName>
+<wa:DisableSshPasswordAuthentication>true</wa:DisableSshPasswordAuthentication>
+</wa:LinuxProvisioningConfigurationSet></wa:ProvisioningSection>
+<wa:PlatformSettingsSection><wa:Version>1.0</wa:Version><wa:PlatformSettings>
+<wa:ProvisionGuestAgent>true</wa:ProvisionGuestAgent>
+</wa:PlatformSettings></wa:PlatformSettingsSection>
+</Environment>
+"""
+
+
+def make_dvd(name: bytes, content: bytes) -> bytes:
+    """An ISO 9660 file system (ECMA-119) with one file, in sectors of 2,048 bytes."""
+
+    def both(number: int, size: str) -> bytes:
+        return struct.pack("<" + size, number) + struct.pack(">" + size, number)
+
+    def entry(name: bytes, sector: int, size: int, flags: int) -> bytes:
+        data = both(sector, "I") + both(size, "I") + bytes(7) + bytes([flags, 0, 0]) + both(1, "H")
+        data += bytes([len(name)]) + name.ljust(len(name) | 1, b"\0")
+        return bytes([len(data) + 2, 0]) + data
+
+    root = entry(b"\0", 18, 2048, 2)
+    volume = b"\1CD001\1\0" + b"provisioning".rjust(44).ljust(64) + bytes(8) + both(20, "I")
+    volume += bytes(32) + both(1, "H") * 2 + both(2048, "H") + bytes(24) + root
+    directory = root + entry(b"\1", 18, 2048, 2) + entry(name, 19, len(content), 0)
+    sectors = (volume, b"\xffCD001\1", directory, content)
+    return bytes(16 * 2048) + b"".join(sector.ljust(2048, b"\0") for sector in sectors)
+
+
+MACHINES = {1: "pc", 2: "q35"}  # of a generation
+# Units of agents have ConditionVirtualization=microsoft. systemd knows Azure by DMI, but believes
+# QEMU's CPU first.
+CPUS = {
+    ("x86_64", "kvm"): "host,hypervisor=off",
+    ("x86_64", "tcg"): "max,hypervisor=off",
+    ("aarch64", "kvm"): "host",
+    ("aarch64", "tcg"): "max,pauth-impdef=on",
+}
+DMI = (
+    "type=1,manufacturer=Microsoft Corporation,product=Virtual Machine,version=Hyper-V UEFI Release"
+)
 
 
 class Setup(NamedTuple):
@@ -238,6 +372,17 @@ class Setup(NamedTuple):
     accelerator: str = "tcg"  # or "kvm"
     private: bool = True  # in a network of its own
     firmware: str = "/usr/share/OVMF/OVMF_CODE_4M.fd"  # of generation 2
+    architecture: str = "x86_64"  # or "aarch64"
+
+    def machine(self) -> List[str]:
+        """The beginning of QEMU's command line."""
+        arm = self.architecture == "aarch64"
+        return [
+            *(f"qemu-system-{self.architecture}", "-nodefaults", "-no-user-config"),
+            *("-display", "none", "-accel", self.accelerator),
+            *("-machine", "virt,gic-version=max" if arm else MACHINES[self.generation]),
+            *("-cpu", CPUS[self.architecture, self.accelerator]),
+        ]
 
 
 class VM:
@@ -255,7 +400,7 @@ class VM:
         name: str = "rehearsal",
         listener: Callable[[float, str, str], None] = lambda at, source, text: None,
     ) -> None:
-        self.setup, self.listener = setup, listener
+        self.setup, self.listener, self.number = setup, listener, number
         self.image = inspect(image)
         self.mac = f"00:0d:3a:00:00:{number + 1:02x}"  # one of Microsoft's
         self.names = (f"{name}_{number}", f"{name}{number:06}")  # as in a scale set
@@ -265,6 +410,8 @@ class VM:
         self.directory = Path(self._directory.name)
         run_tool("qemu-img", "create", "-q", "-f", "qcow2", self.path("disk"), str(self.image.size))
         Path(self.path("relay.py")).write_text(RELAY)
+        name = self.names[1].encode("ascii")
+        Path(self.path("dvd")).write_bytes(make_dvd(b"OVF-ENV.XML;1", OVF_ENV % name))
         addresses = ((WIRESERVER, 80), (IMDS, 80))
         self.azure = FakeAzure(*addresses, listen=lambda address: Door(self.directory, address))
         self.azure.vm_name, self.azure.computer_name = self.names
@@ -290,22 +437,29 @@ class VM:
         forward = "".join(
             f",guestfwd=tcp:{address}:80-cmd:{relay} {address}" for address in (WIRESERVER, IMDS)
         )
-        flash = f"if=pflash,format=raw,readonly=on,file={setup.firmware}"
+        firmware = ["-drive", f"if=pflash,format=raw,readonly=on,file={setup.firmware}"]
+        if setup.architecture == "aarch64":
+            firmware = ["-bios", setup.firmware]
         backing = ",".join(f"backing.{option}" for option in split_options(self.image.options))
         disk = f"if=none,id=disk,cache=unsafe,driver=qcow2,file.filename=disk,{backing}"
+        # The second VM is another size: of generation 2 those with NVMe disks only.
+        slot, driver = ("0x12", "nvme,serial=1") if self.number else ("0x3", "virtio-blk-pci")
+        if setup.generation == 1:
+            driver = "virtio-blk-pci"
         return [
-            "qemu-system-x86_64",
-            *("-nodefaults", "-no-user-config", "-display", "none", "-device", "VGA"),
-            *CPU[setup.accelerator],
-            *("-machine", "pc" if setup.generation == 1 else "q35", "-m", "1024"),
-            *(("-drive", flash) if setup.generation == 2 else ()),
-            *("-uuid", self.azure.vm_id, "-smbios", f"type=3,asset={AZURE_CHASSIS_ASSET_TAG}"),
+            *setup.machine(),
+            *("-m", "1024", *(firmware if setup.generation == 2 else ())),
+            *("-uuid", self.azure.vm_id, "-smbios", DMI),
+            *("-smbios", f"type=3,asset={AZURE_CHASSIS_ASSET_TAG}"),
             *("-chardev", "stdio,id=monitor,signal=off", "-mon", "monitor,mode=control"),
             *("-chardev", f"file,id=console,path=/dev/fd/{console}", "-serial", "chardev:console"),
             *("-netdev", f"user,id=net,{NETWORK}{forward}"),
-            *("-device", f"virtio-net-pci,netdev=net,mac={self.mac},romfile="),
+            *("-device", f"virtio-net-pci,netdev=net,mac={self.mac},romfile=,addr={slot}"),
             *("-object", f"filter-dump,id=dump,netdev=net,file=/dev/fd/{packets}"),
-            *("-drive", disk, "-device", "virtio-blk-pci,drive=disk,bootindex=0"),
+            *("-drive", f"{disk},werror=stop", "-device", f"{driver},drive=disk,bootindex=0"),
+            *("-drive", "if=none,id=dvd,media=cdrom,format=raw,readonly=on,file.filename=dvd"),
+            *("-device", "virtio-scsi-pci", "-device", "scsi-cd,drive=dvd"),
+            *(("-device", "VGA") if setup.architecture == "x86_64" else ()),
         ]
 
 
@@ -317,7 +471,13 @@ class VMBoot:
         self.requests: List[Request] = []  # to Azure
         self.dhcp: List[DhcpRequest] = []
         self.lines: List[str] = []  # of the console, without control characters
+        self.stage = "firmware"  # then "kernel" and "system", as far as the console tells
+        self.interface = ""  # the name of its NIC, if the console tells
         self.panic = ""  # the line of a kernel panic
+        self.failure = ""  # of this machine, as QEMU reports it
+        self.resets = 0  # by the guest itself
+        self.read_bytes = 0  # of its disk
+        self.active_time = time.monotonic()  # when it last did something
         self.prompt_time = 0.0  # when the console last asked for a login; 0 if it did not
         self.seconds = 0.0  # that the power was on, once it is off
         self.off = threading.Event()
@@ -341,9 +501,9 @@ class VMBoot:
         for descriptor in inputs:
             os.close(descriptor)
         self._threads = [
-            threading.Thread(target=self._read_console, args=(outputs[0],)),
-            threading.Thread(target=self._read_packets, args=(outputs[1],)),
-            threading.Thread(target=self._read_monitor),
+            threading.Thread(target=self._read_console, args=(outputs[0],), daemon=True),
+            threading.Thread(target=self._read_packets, args=(outputs[1],), daemon=True),
+            threading.Thread(target=self._read_monitor, daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -380,10 +540,15 @@ class VMBoot:
         self._order("system_powerdown")
 
     def check(self) -> None:
-        """Raise VMError if the VM is off because QEMU failed."""
-        if self._process.returncode:
+        """Raise VMError if this machine has failed the VM; have QEMU tell what it has read."""
+        self._order("query-blockstats")
+        if not self.failure and shutil.disk_usage(self.vm.path(".")).free < MIB:
+            self.failure = "No space left on device"
+        if self.failure:
+            raise VMError(f"{self.failure}: {tempfile.gettempdir()} (TMPDIR chooses another)")
+        if self._process.poll():
             errors = self._errors.read_text(encoding="utf-8", errors="replace").splitlines()
-            raise VMError(printable(errors[-1] if errors else f"QEMU: {self._process.returncode}"))
+            raise VMError(errors[-1] if errors else f"QEMU: {self._process.returncode}")
 
     def _order(self, command: str) -> None:
         """Give QEMU a command; it may be gone already."""
@@ -396,7 +561,10 @@ class VMBoot:
         self._tell("Azure", describe(request))
 
     def _tell(self, source: str, text: str) -> None:
-        self.vm.listener(time.monotonic(), source, text)
+        now = time.monotonic()
+        if source != "VM":
+            self.active_time = now
+        self.vm.listener(now, source, printable(text))
         with self._changed:
             self._changed.notify_all()
 
@@ -404,17 +572,32 @@ class VMBoot:
         with open(descriptor, "rb", 0) as pipe:
             for block in iter(lambda: pipe.read(4096), b""):
                 *lines, self._rest = (self._rest + block).split(b"\n")
+                if len(self._rest) > LONGEST_LINE:
+                    lines, self._rest = [*lines, self._rest], b""
                 for line in lines:
                     self._add_line(line)
-                if self._rest.rstrip().endswith(b"login:"):
-                    self.prompt_time = time.monotonic()
+                self._look_at(printable(self._rest))
 
     def _add_line(self, line: bytes) -> None:
         text = printable(line.rstrip(b"\r"))
         self.lines.append(text)
+        named = re.search(r" (\S+): renamed from eth0", text)
+        if named or " net.ifnames=0" in text:  # the latter is the kernel's command line
+            self.interface = named.group(1) if named else "eth0"
+        if self.stage == "firmware" and KERNEL.search(text):
+            self.stage = "kernel"
         if "Kernel panic" in text:
-            self.panic = text
+            self.panic = text[text.index("Kernel panic") :]
+        self._look_at(text)
         self._tell("console", text)
+
+    def _look_at(self, text: str) -> None:
+        """Look for a login prompt; other lines may follow it at once."""
+        prompt = PROMPT.search(text)
+        if prompt and not self.prompt_time:
+            self.prompt_time = time.monotonic()
+        if prompt or "systemd" in text:
+            self.stage = "system"
 
     def _read_packets(self, descriptor: int) -> None:
         """Read a packet capture as it grows: https://wiki.wireshark.org/Development/LibpcapFileFormat."""
@@ -432,8 +615,17 @@ class VMBoot:
         """Read QEMU's events; the stream ends with QEMU."""
         self._order("qmp_capabilities")
         for line in self._process.stdout:
-            if json.loads(line.decode("utf-8")).get("event") == "RESET":
+            message = json.loads(line.decode("utf-8"))
+            event, data = message.get("event"), message.get("data", {})
+            if event == "RESET" and data.get("guest"):
+                self.resets += 1
                 self._tell("VM", "reset")
+            elif event == "BLOCK_IO_ERROR" and data.get("operation") == "write":
+                self.failure = str(data.get("reason"))
+            for device in message.get("return") or ():
+                if device["device"] == "disk" and device["stats"]["rd_bytes"] > self.read_bytes:
+                    self.read_bytes = device["stats"]["rd_bytes"]
+                    self.active_time = time.monotonic()
         self._process.wait()
         self.seconds = time.monotonic() - self.started
         self.off.set()

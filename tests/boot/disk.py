@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Sequence
 
-from tests.boot.container import image
-from tests.boot.host import command, which
+from tests.boot.container import image, mirror
+from tests.boot.host import CACHE, command, new_directory, which
 
 # The command that is missing, and its package in Debian.
 TOOLS = {
@@ -18,13 +18,13 @@ TOOLS = {
     "mcopy": "mtools",
     "sfdisk": "fdisk",
     "syslinux": "syslinux",  # generation 1
-    "objcopy": "binutils",  # generation 2
 }
 MBR_CODE = Path("/usr/lib/syslinux/mbr/mbr.bin")  # syslinux-common
-EFI_STUB = Path("usr/lib/systemd/boot/efi/linuxx64.efi.stub")  # in the tree: systemd-boot-efi
+EFI_LOADERS = "usr/lib/systemd/boot/efi/systemd-boot*.efi"  # in the tree: systemd-boot-efi
 
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "libpam-systemd", "iproute2")
 KERNEL = ("linux-image-cloud-amd64", "systemd-boot-efi")
+ARM_PACKAGES = ("linux-image-cloud-arm64", "systemd-boot-efi", "python3")
 
 MIB = 1024 * 1024  # bytes
 DISK_SIZE = 1024  # MiB, most of it a hole
@@ -33,13 +33,22 @@ ROOT_SIZE = DISK_SIZE - ROOT_START - 1  # MiB; the last one is for the second co
 
 # The kernel's messages go to the serial port, which is Azure's boot diagnostics.
 # Under emulation on a busy machine, the check of the timer can end in a panic.
-COMMAND_LINE = "root=LABEL=root {mode} console=ttyS0 no_timer_check"
+PARAMETERS = "console=ttyS0 no_timer_check"
 
-# systemd-networkd as images have it: whatever the interface is called, with IPv6 link-local on.
-NETWORK_FILE = "[Match]\nName=en* eth*\n\n[Network]\nDHCP=ipv4\n"
+# systemd-networkd as in the README: Azure's and QEMU's interface, with IPv6 link-local on.
+NETWORK_FILE = "[Match]\nDriver=hv_netvsc virtio_net\n\n[Network]\nDHCP=ipv4\n"
 
-# The addresses of a unified kernel image's sections, as systemd's ukify once had them.
-SECTIONS = {".osrel": 0x20000, ".cmdline": 0x30000, ".linux": 0x2000000, ".initrd": 0x4000000}
+
+def arm_image() -> Path:
+    """The directory of an image for Arm64, built once, in minutes."""
+    directory = CACHE / "arm64"
+    if not directory.exists():
+        include = f"--include={','.join([*PACKAGES, *ARM_PACKAGES])}"
+        unfinished = new_directory()
+        options = ("--quiet", "--variant=minbase", "--architectures=arm64", include)
+        command("mmdebstrap", *options, "bookworm", unfinished, *mirror())
+        unfinished.rename(directory)
+    return directory
 
 
 def missing() -> Sequence[str]:
@@ -62,12 +71,17 @@ class Tree:
         self.root = directory / "root"
         directory.mkdir(parents=True, exist_ok=True)
         kernel = KERNEL if suite == "bookworm" else ("kmod", "udev")
-        original = image("disk", suite, [*PACKAGES, *kernel, *packages])
+        if packages == ARM_PACKAGES:
+            original = arm_image()
+        else:
+            original = image("disk", suite, [*PACKAGES, *kernel, *packages])
         command("cp", "--archive", "--reflink=auto", original, self.root)
-        if kernel != KERNEL:
+        if suite != "bookworm":
             other = image("disk", "bookworm", [*PACKAGES, *KERNEL, "python3"])
             for part in ("boot", "vmlinuz", "initrd.img", "usr/lib/modules"):
                 command("cp", "--archive", "--no-target-directory", other / part, self.root / part)
+        # of the kernel, beside its root
+        self.parameters = "console=ttyAMA0" if packages == ARM_PACKAGES else PARAMETERS
         self.write("etc/hostname", "golden-image\n")
         self.write("etc/machine-id", "")
         self.write("etc/fstab", "")
@@ -93,7 +107,7 @@ class Tree:
         with open(str(disk), "wb") as file:
             file.truncate(DISK_SIZE * MIB)
         make_bootable = make_bios_disk if generation == 1 else make_efi_disk
-        make_bootable(disk, self.root, COMMAND_LINE.format(mode=mode))
+        make_bootable(disk, self.root, f"root=LABEL=root {mode} {self.parameters}")
         offset = f"offset={ROOT_START * MIB}"
         options = ("-q", "-F", "-t", "ext4", "-L", "root", "-E", offset, "-d", self.root)
         command("mke2fs", *options, disk, f"{ROOT_SIZE}M")
@@ -131,16 +145,16 @@ def make_bios_disk(disk: Path, root: Path, command_line: str) -> None:
 
 
 def make_efi_disk(disk: Path, root: Path, command_line: str) -> None:
-    """Generation 2: a unified kernel image where every firmware looks for a boot loader."""
+    """Generation 2: systemd-boot, where every firmware looks for a boot loader."""
     partition(disk, "gpt", "type=uefi")
-    parameters = disk.with_name("cmdline")
-    parameters.write_text(command_line)
-    parts = (root / "usr/lib/os-release", parameters, root / "vmlinuz", root / "initrd.img")
-    options = []
-    for (section, address), part in zip(SECTIONS.items(), parts):
-        options += [f"--add-section={section}={part.resolve()}"]
-        options += [f"--change-section-vma={section}={address:#x}"]
-    kernel = disk.with_name("bootx64.efi")
-    command("objcopy", *options, root / EFI_STUB, kernel)
-    mtools("mmd", disk, "::EFI", "::EFI/BOOT")
-    mtools("mcopy", disk, kernel, "::EFI/BOOT/BOOTX64.EFI")
+    (loader,) = root.glob(EFI_LOADERS)
+    entry = disk.with_name("entry")
+    entry.write_text(f"linux /vmlinuz\ninitrd /initrd.img\noptions {command_line}\n")
+    mtools("mmd", disk, "::EFI", "::EFI/BOOT", "::loader", "::loader/entries")
+    for file, place in (
+        (root / "vmlinuz", "vmlinuz"),
+        (root / "initrd.img", "initrd.img"),
+        (entry, "loader/entries/azure.conf"),
+        (loader, loader.name.upper().replace("SYSTEMD-BOOT", "EFI/BOOT/BOOT")),
+    ):
+        mtools("mcopy", disk, file.resolve(), f"::{place}")

@@ -8,16 +8,28 @@ import os
 import re
 import shutil
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence, Tuple
+from types import SimpleNamespace
+from typing import Any, Callable, NamedTuple, Sequence, Tuple
 
 from tests.boot.container import add_service
-from tests.boot.disk import Tree
-from tests.boot.host import attempt, command, new_directory
+from tests.boot.disk import (
+    ARM_PACKAGES,
+    BOOT_START,
+    DISK_SIZE,
+    ROOT_START,
+    Tree,
+    mtools,
+    partition,
+)
+from tests.boot.host import attempt, command, new_directory, note
 from tests.boot.in_a_vm import VMTest
+from tests.boot.trees import REHEARSED
 from tests.plain.harness import INSTALLER, ROOT, SCRIPT
-from tests.vm import inspect
+from tests.rehearse import VHD_HEADING, Rehearsal, choose_machine, verdict
+from tests.vm import MIB, inspect
 
 ONLY = os.environ.get("BOOT_CASE")
 
@@ -27,10 +39,16 @@ REHEARSE = [
     *("/usr/bin/python3", "-B", "-m", "tests.rehearse"),
 ]
 CLOUD_INIT = ("python3", "cloud-init", "ifupdown", "isc-dhcp-client")
+IFUPDOWN = ("python3", "ifupdown", "isc-dhcp-client")
 
 
 def install(tree: Tree) -> None:
     command(INSTALLER, DESTDIR=tree.root)
+
+
+def no_dhcp_client(tree: Tree) -> None:
+    install(tree)
+    tree.parameters += " net.ifnames=0"
 
 
 def sound(tree: Tree) -> None:
@@ -44,6 +62,21 @@ def bound_to_mac_address(tree: Tree) -> None:
     # the address of a VM that is gone
     tree.use_networkd("[Match]\nMACAddress=00:22:48:12:34:56\n\n[Network]\nDHCP=yes\n")
     install(tree)
+
+
+def bound_to_ens3(tree: Tree) -> None:
+    tree.use_networkd("[Match]\nName=ens3\n\n[Network]\nDHCP=yes\n")
+    install(tree)
+
+
+def names_eth0(tree: Tree) -> None:
+    tree.write("etc/network/interfaces.d/azure", "allow-hotplug eth0\niface eth0 inet dhcp\n")
+    install(tree)
+
+
+def names_eth0_and_has_it(tree: Tree) -> None:
+    names_eth0(tree)
+    tree.parameters += " net.ifnames=0"
 
 
 def not_enabled(tree: Tree) -> None:
@@ -63,10 +96,19 @@ def python_minimal(tree: Tree) -> None:
     command("chroot", tree.root, "dpkg", "--purge", "--force-depends", *names)
 
 
-def ifupdown(tree: Tree) -> None:
-    tree.write("etc/cloud/cloud-init.disabled", "")
-    tree.write("etc/network/interfaces.d/azure", "allow-hotplug ens3\niface ens3 inet dhcp\n")
-    install(tree)
+def panics(tree: Tree) -> None:
+    sound(tree)
+    add_service(tree.root, "panic", "sleep 5; echo c >/proc/sysrq-trigger")
+
+
+def no_nvme_driver(tree: Tree) -> None:
+    sound(tree)
+    tree.parameters += " initcall_blacklist=nvme_init"
+
+
+def silent(tree: Tree) -> None:
+    sound(tree)
+    tree.parameters = "console=tty0 no_timer_check"
 
 
 def cloud_init(tree: Tree) -> None:
@@ -81,11 +123,13 @@ def two_agents(tree: Tree) -> None:
 CORRECTLY = "It will provision."
 INCORRECTLY = "It will provision, but not correctly."
 NOT = "It will not provision."
+UNTOLD = "It could not be told whether it will provision."
+STATUS = {CORRECTLY: 0, INCORRECTLY: 1, NOT: 1, UNTOLD: 3}
 
 
 class Case(NamedTuple):
     prepare: Callable[[Tree], None]
-    says: Sequence[str]  # patterns; those of the checks that fail begin with FAIL
+    says: Sequence[str]  # patterns; those of the checks that are not ok begin with FAIL or \\?
     result: str = CORRECTLY
     packages: Sequence[str] = ("python3",)
     generation: int = 1
@@ -96,20 +140,23 @@ class Case(NamedTuple):
 
 # The longest come first.
 CASES = [
+    Case(
+        sound,
+        [r"generation 2 \(it has EFI/BOOT/BOOTAA64.EFI: Arm64\)"],
+        packages=ARM_PACKAGES,
+        generation=2,
+    ),
     Case(cloud_init, ["is the only agent +cloud-init"], packages=CLOUD_INIT),
     Case(
         two_agents,
-        [
-            "FAIL +reports Ready once +it reported Ready 2 times",
-            "FAIL +is the only agent +2 agents talk to Azure: cloud-init, custom-provisioning",
-        ],
+        ["FAIL +is the only agent +2 agents talk to Azure: cloud-init, custom-provisioning"],
         INCORRECTLY,
         packages=CLOUD_INIT,
     ),
     Case(
-        ifupdown,
-        ["Hostname published by systemctl restart ifup@ens3.service", "asks DHCP .*by dhclient\n"],
-        packages=CLOUD_INIT,
+        names_eth0_and_has_it,
+        ["asks DHCP .*by dhclient, on eth0\n", "restart ifup@eth0.service"],
+        packages=IFUPDOWN,
     ),
     Case(
         read_only,
@@ -119,41 +166,50 @@ CASES = [
     ),
     Case(
         sound,
-        ["-> 503", "takes the computer name +web000000"],
+        ["-> 503", "-> 410", "takes the computer name +web000000"],
         generation=2,
         options=["--faults", "--name=web"],
     ),
     Case(
         sound,
         [
-            "vpc, 1,024 MiB, generation 1; .*a private network",
+            r"vpc, 1,024 MiB, generation 1 \(.*\); .*a private network",
             "DHCP +REQUEST rehearsal000001",
-            "Hostname published by networkctl reconfigure ens3",
-            "asks DHCP .*by systemd-networkd\n",
-            "takes the computer name +rehearsal000000, from /metadata/instance/compute",
+            "networkctl reconfigure ens3",
+            "asks DHCP .*by systemd-networkd, on ens3\n",
+            "takes the computer name +rehearsal000000, from /metadata/instance",
             "is the only agent +custom-provisioning",
             "Linux version",
             "/dev/tcp/168.0.0.2/.*: Connection refused",
         ],
         format="vpc -o subformat=fixed,force_size",
     ),
+    Case(silent, ["FAIL +speaks on the console .* console=ttyS0\n"], INCORRECTLY, generation=2),
     Case(
-        bound_to_mac_address,
-        ["vhdx, ", "FAIL +asks DHCP +no DHCP request .* no DHCP client, .* another MAC address"],
+        no_nvme_driver,
+        ["FAIL +second VM is the same +asks DHCP: .* it is the disk driver: .* NVMe"],
         NOT,
-        format="vhdx",
+        generation=2,
     ),
-    Case(install, ["FAIL +asks DHCP +no DHCP request .* no DHCP client"], NOT),
+    Case(
+        bound_to_ens3,
+        ["FAIL +second VM .* it is the interface name: .* bound to ens3,.* ens18 here, and eth0"],
+        NOT,
+    ),
+    Case(panics, ["FAIL +stays up +Kernel panic.* sysrq"], INCORRECTLY),
+    Case(names_eth0, [r"\? +asks DHCP .* eth0, .* ens3 here: add net.ifn"], UNTOLD, IFUPDOWN),
+    Case(bound_to_mac_address, ["vhdx, ", r"\? +asks DHCP .* MAC address"], UNTOLD, format="vhdx"),
+    Case(no_dhcp_client, ["FAIL +asks DHCP +no DHCP request .* no DHCP client"], NOT),
     Case(
         not_enabled,
-        ["FAIL +requests the goal state .*sends no request .*: its unit is not enabled"],
+        ["FAIL +reaches Azure +it asks DHCP but sends no request .*: its unit is not enabled"],
         NOT,
     ),
     Case(
         python_minimal,
         [
             "qcow2, ",
-            "FAIL +requests the goal state +it asks DHCP but sends no request .* see its console",
+            "FAIL +reaches Azure +it asks DHCP but sends no request .* see its console",
             "From its console:(.|\n)*ModuleNotFoundError",
         ],
         NOT,
@@ -168,40 +224,49 @@ class RehearsalTest(VMTest):
         shutil.copytree(str(ROOT / "tests"), str(self.directory / "tests"))
         shutil.copy(str(SCRIPT), str(self.directory))
 
-    def rehearse(self, image: Path, *options: str) -> Tuple[int, str]:
+    def rehearse(self, image: Path, *options: str, **environment: Any) -> Tuple[int, str]:
         """Rehearse IMAGE as nobody; return the status, and the VMs' console and the output."""
-        console = image.with_name("console")
+        console = new_directory() / "console"
         console.touch()
         console.chmod(0o666)
-        done = attempt(*REHEARSE, *options, f"--console={console}", image, cwd=self.directory)
+        words = (*options, f"--console={console}", image)
+        done = attempt(*REHEARSE, *words, cwd=self.directory, **environment)
         return done.returncode, console.read_text(encoding="utf-8") + done.stdout
 
     def build_and_rehearse(self, case: Case, port: int) -> Tuple[int, str]:
         tree = Tree(new_directory(), case.packages)
         tree.write("port", str(port))
         case.prepare(tree)
+        expected = REHEARSED.get(case.prepare.__name__)  # where both can see the same
+        if expected is not None:
+            done = attempt("python3", "-m", "tests.check", tree.root, cwd=ROOT)
+            self.assertEqual(done.returncode, int(expected != r"\A\Z"), done.stdout)
+            if done.returncode:
+                self.assertRegex(done.stdout, expected)
         raw, image = tree.disk(case.generation, case.mode), tree.directory / "image"
         command("qemu-img", "convert", "-f", "raw", "-O", *case.format.split(), raw, image)
         raw.unlink()
         image.chmod(0o444)
-        result = self.rehearse(image, f"--generation={case.generation}", *case.options)
+        started = time.monotonic()
+        result = self.rehearse(image, *case.options)
+        note(f"{case.prepare.__name__}: {time.monotonic() - started:.0f} s\n{result[1]}")
         tree.remove()
         return result
 
     def check(self, case: Case, status: int, output: str) -> None:
-        self.assertEqual(status, 0 if case.result == CORRECTLY else 1, output)
+        self.assertEqual(status, STATUS[case.result], output)
         self.assertIn(f"\n{case.result}\n", output)
-        states = re.findall(r"(?m)^  (ok|FAIL|\?) ", output)
-        self.assertEqual(len(states), 9, output)
-        failing = sum(pattern.startswith("FAIL") for pattern in case.says)
-        self.assertEqual(states.count("FAIL"), failing, output)
+        states = re.findall(r"(?m)^  (ok|FAIL|\?|-) ", output)
+        self.assertEqual(len(states), 11, output)
+        for state, pattern in (("FAIL", "FAIL"), ("?", "\\?")):
+            expected = sum(said.startswith(pattern) for said in case.says)
+            self.assertEqual(states.count(state), expected, output)
         for pattern in case.says:
             self.assertRegex(output, pattern)
-        if case.result == NOT:  # it ends with the first VM
-            self.assertNotIn("VM 2", output)
+        if case.result in (NOT, UNTOLD):
             self.assertIn("\nFrom its console:\n  | ", output)
-        else:
-            self.assertNotIn("?", states, output)
+        if case.result == CORRECTLY:
+            self.assertNotIn("-", states, output)
 
     def test_each_image_gets_its_verdict(self) -> None:
         cases = [case for case in CASES if ONLY in (None, case.prepare.__name__)]
@@ -217,12 +282,84 @@ class RehearsalTest(VMTest):
             with self.assertRaises(BlockingIOError):  # no image reached this machine
                 listener.accept()
 
-    def test_file_that_is_not_a_disk(self) -> None:
-        image = self.directory / "image, of text"
-        image.write_text("not a disk\n" * 100)
-        status, output = self.rehearse(image)
+    def test_too_little_time_or_space_is_not_the_fault_of_the_image(self) -> None:
+        tree = Tree(self.directory / "sound")
+        sound(tree)
+        image = tree.disk()
+        status, output = self.rehearse(image, "--timeout=9")
+        self.assertEqual(status, 3, output)
+        self.assertRegex(output, r"\? +asks DHCP .* still booting .*: raise --timeout")
+        small = self.directory / "small"
+        small.mkdir()
+        command("mount", "-t", "tmpfs", "-o", "size=3M,mode=1777", "tmpfs", small)
+        self.addCleanup(command, "umount", small)
+        status, output = self.rehearse(image, TMPDIR=small)
+        self.assertEqual(status, 2, output)
+        self.assertRegex(output, f"error: No space left on device: .*{small}")
+        self.assertEqual(list(small.iterdir()), [])
+
+    def test_image_that_is_more_than_a_file_is_refused_and_not_followed(self) -> None:
+        text, secret = self.directory / "image, of text", self.directory / "secret"
+        text.write_text("not a disk\n" * 100)
+        secret.write_text("root:secret\n" * 100)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            listener.settimeout(0)
+            port = listener.getsockname()[1]
+            for name in (str(secret), f"nbd://127.0.0.1:{port}/x", os.devnull):
+                image = self.directory / "backed.qcow2"
+                options = ("-u", "-F", "raw", "-b", name)
+                command("qemu-img", "create", "-f", "qcow2", *options, image, "1M")
+                status, output = self.rehearse(image)
+                self.assertEqual(status, 2)
+                self.assertRegex(output, "flatten it first: qemu-img convert")
+                self.assertNotIn("secret:", output)
+            with self.assertRaises(BlockingIOError):
+                listener.accept()
+        status, output = self.rehearse(text)
         self.assertEqual(status, 2)
         self.assertRegex(output, r"\A.*: not a disk: no boot signature.*\n\Z")
+
+    def test_commands_that_it_prints_make_a_vhd_that_azure_takes(self) -> None:
+        raw = self.directory / "odd.raw"
+        with open(str(raw), "wb") as file:
+            file.truncate(33 * MIB + 5 * 4096)
+        command("sh", "-c", f"echo 'label: gpt\nsize=31MiB, type=uefi' | sfdisk --quiet {raw}")
+        for format in ("vpc", "vpc -o subformat=fixed", "qcow2", "raw"):
+            with self.subTest(format):
+                image = self.directory / "odd"
+                command("qemu-img", "convert", "-f", "raw", "-O", *format.split(), raw, image)
+                options: Any = SimpleNamespace(image=image)
+                status, lines = verdict(Rehearsal(options, inspect(image)))
+                commands = [line[2:] for line in lines[lines.index(VHD_HEADING) + 1 : -2]]
+                command("sh", "-e", "-c", "\n".join(commands), cwd=self.directory)
+                made = inspect(self.directory / "disk.vhd")
+                self.assertEqual((made.format, made.obstacle, made.size), ("vpc", "", 34 * MIB))
+                command("truncate", "--size=-512", self.directory / "disk.vhd")
+                command("sfdisk", "--verify", self.directory / "disk.vhd")
+                self.assertEqual(status, int("vpc" in format))
+
+    def test_generation_is_what_the_disk_can_boot_as(self) -> None:
+        image, loader = self.directory / "disk", self.directory / "loader"
+        loader.write_text("a loader")
+        start, size = BOOT_START * MIB // 512, (ROOT_START - BOOT_START) * 1024
+        for label, bits, cluster, name, expected in (
+            ("gpt", 12, 64, "BOOTX64.EFI", (2, "x86_64")),
+            ("gpt", 16, 4, "BOOTAA64.EFI", (2, "aarch64")),
+            ("gpt", 32, 1, "GRUBX64.EFI", (2, "x86_64")),  # it can boot as neither
+            ("dos", 32, 1, "BOOTX64.EFI", (2, "x86_64")),
+        ):
+            with open(str(image), "wb") as file:
+                file.truncate(DISK_SIZE * MIB)
+            partition(image, label, "type=uefi")
+            options = ("-F", bits, "-s", cluster, f"--offset={start}", "-h", start)
+            command("mkfs.vfat", *options, image, size)
+            mtools("mmd", image, "::EFI", "::EFI/BOOT")
+            mtools("mcopy", image, loader, f"::EFI/BOOT/{name}")
+            generation, architecture, why = choose_machine(inspect(image), 0)
+            self.assertEqual((generation, architecture), expected)
+            self.assertEqual("neither" in why, "GRUB" in name)
 
     def test_vhd_has_the_size_that_its_footer_states(self) -> None:
         """QEMU would go by the geometry, which cannot express every size."""

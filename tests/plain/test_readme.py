@@ -5,6 +5,7 @@ import unittest
 from typing import Any, List
 from unittest import mock
 
+import azure_provision
 from tests.fake_azure import Reset, Silence, Status, Text
 from tests.plain.harness import ROOT, ScriptTest, StandIns
 from tests.plain.test_publish import HEADER, NETWORKCTL, route
@@ -28,6 +29,10 @@ class ReadmeTest(unittest.TestCase):
                 self.assertIn(target[1:], headings)
             elif not target.startswith("https://"):
                 self.assertTrue((ROOT / target).exists(), target)
+
+    def test_version_is_the_same_in_both_files(self) -> None:
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        self.assertIn(f'version = "{azure_provision.__version__}"', project)
 
 
 class TableTest(ScriptTest):

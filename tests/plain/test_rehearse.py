@@ -1,9 +1,11 @@
 """The parts of tests.rehearse that need no VM: DHCP, the console's text, verdicts, usage errors."""
 
-import math
+import contextlib
+import http.client
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -12,11 +14,13 @@ import unittest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Tuple
+from unittest import mock
 
-from tests import rehearse
-from tests.fake_azure import Request
+import azure_provision
+from tests import rehearse, vm
+from tests.fake_azure import FakeAzure, Request
 from tests.plain.harness import ROOT
-from tests.vm import DhcpRequest, Setup, parse_dhcp, printable, split_options
+from tests.vm import MIB, DhcpRequest, Image, Setup, parse_dhcp, printable, split_options
 
 
 def frame(*options: Tuple[int, bytes], kind: int = 3) -> bytes:
@@ -102,76 +106,126 @@ def request(
 
 
 class FakeBoot:
-    """A boot at 100 s that asks DHCP with these names at 110 s, and Azure for these resources."""
+    """A boot from 100 s to 160 s that asks DHCP with names at 110 s, and Azure for resources."""
 
     vm = SimpleNamespace(azure=SimpleNamespace(vm_name="myset_0", computer_name="myset000000"))
-    started, seconds = 100, 60
+    started, seconds, active_time, prompt_time, read_bytes = 100, 60, 130, 130, 40 * MIB
+    stage, interface, console = "system", "ens3", "Linux version 6"
 
-    def __init__(
-        self, dhcp: str = "", asked: str = "", *others: Request, console: str = "Linux version 6"
-    ) -> None:
-        self.prompt_time = 0
-        self.console, self.lines = console, console.splitlines()
+    def __init__(self, dhcp: str = "", asked: str = "", *others: Request, **extra: Any) -> None:
         self.dhcp = [DhcpRequest(110, "REQUEST", name, "dhclient") for name in dhcp.split()]
         words = [line.partition(" ") for line in asked.splitlines()]
         self.requests = [*(request(name, outcome) for name, _, outcome in words), *others]
+        vars(self).update(extra)
+        self.lines = self.console.splitlines()
 
 
-def verdict(boots: List[FakeBoot], reboot: Optional[FakeBoot]) -> Tuple[int, List[str]]:
-    """The exit status and the lines."""
-    rehearsal: Any = SimpleNamespace(boots=boots, reboot=reboot, fates={}, setup=Setup())
+def verdict(
+    boots: List[Any],
+    reboot: Any = None,
+    fate: str = "",
+    image: Image = Image("", MIB, "raw"),  # noqa: B008
+) -> Tuple[int, List[str]]:
+    """The exit status and the lines; FATE is that of the last boot."""
+    options: Any = SimpleNamespace(image=Path("disk"))
+    rehearsal = rehearse.Rehearsal(options, image, Setup(generation=2))
+    rehearsal.boots, rehearsal.reboot = boots, reboot
+    rehearsal.fates = {rehearsal.last: fate} if fate else {}
     return rehearse.verdict(rehearsal)
 
 
 class VerdictTest(unittest.TestCase):
+    def assert_verdict(self, lines: List[str], *patterns: str) -> None:
+        """The checks that are not ok are these: "FAIL title: remark", "? title: remark"."""
+        found = [re.sub("  +", ": ", re.sub(" +", " ", line[2:8]) + line[8:]) for line in lines]
+        found = [line for line in found if re.match(r"(FAIL|\?) ", line)]
+        self.assertEqual(len(found), len(patterns), found)
+        for line, pattern in zip(found, patterns):
+            self.assertRegex(line, "^" + pattern)
+
     def test_each_fault_fails_its_check_and_gives_the_reason(self) -> None:
         sound, named = FakeBoot("golden myset000000", SOUND), FakeBoot("myset000000")
-        twice = FakeBoot("golden myset000000", SOUND + "\nhealth 200")
         late, golden = FakeBoot("golden", SOUND), FakeBoot("golden")
-        firmware = FakeBoot(console="BdsDxe: failed to load")
         asks_again = FakeBoot("myset000000", "goalstate 200")
         refused = FakeBoot("golden", "goalstate 400 no header")
-        rejected = FakeBoot("golden", "goalstate 200\nhealth 400 not this VM's ContainerId")
         report = request("health", "200", body=b"<Health><State>NotReady</State></Health>")
         not_ready = FakeBoot("golden", "goalstate 200", report)
         asks_name = FakeBoot("golden", "goalstate 200\nhealth 200\nname 200")
         other_agent = request("goalstate", "200", {"User-Agent": "Cloud-Init/22.4.2"})
         two_agents = FakeBoot("golden myset000000", SOUND, other_agent)
+        lost = "ALERT!  LABEL=root does not exist.  Dropping to a shell!"
+        no_root = FakeBoot(console=lost, prompt_time=0)
+        waagent = FakeBoot("golden", console="Started walinuxagent.service")
+        both, renamed = [sound, sound], FakeBoot(interface="ens9")
         cases: Any = [
-            ([sound, sound], named, []),
-            ([FakeBoot()], None, ["asks DHCP: .* within 60 s: there is no .* another MAC"]),
-            ([firmware], None, ["asks DHCP: .* boot\\? try --generation 2", "speaks .*=ttyS0"]),
-            ([golden], None, ["requests the goal state: .* unit is not enabled .* firewall"]),
-            ([refused], None, ["requests the .*: refused: no header$", "reports .* within 60 s"]),
-            ([rejected], None, ["reports Ready once: rejected with status 400: not this VM's Con"]),
-            ([not_ready], None, ["reports Ready once: it reported NotReady: <Health>"]),
-            ([twice, twice], named, ["reports Ready once: it reported Ready 2 times$"]),
-            ([asks_name], None, ["takes the computer name: .* for /metadata/instance/name, not"]),
-            ([FakeBoot("myset0", SOUND)], None, ["takes the computer name: it took myset0,"]),
-            ([late, late], named, ["publishes it .*: not before a reboot; .*dhclient.* 'golden'"]),
-            ([late, late], golden, ["publishes .*", "silent .*'golden', not 'myset000000'"]),
-            ([sound, sound], sound, ["silent after a reboot: it reported Ready again: the unit"]),
-            ([sound, sound], asks_again, ["silent after a reboot: it asks the WireServer"]),
-            ([sound, sound], FakeBoot(), ["silent after a reboot: no DHCP request within 60 s"]),
-            ([sound, FakeBoot()], None, ["second VM .*: asks DHCP: .* VM 2 FAIL no DHCP request"]),
-            ([two_agents], None, ["is the .*: 2 agents .*: cloud-init, custom-provisioning;"]),
+            (both, named, []),
+            ([FakeBoot()], None, [r"\? asks DHCP: .* within 60 s: .* eth0, .* was ens3 here"]),
+            ([FakeBoot(interface="")], None, [r"\? asks DHCP: .* of a name that its console"]),
+            ([FakeBoot(interface="eth0")], None, ["FAIL asks DHCP: .* another interface name th"]),
+            ([no_root], None, ["FAIL asks DHCP: .* does not find its root"]),
+            ([sound, no_root], None, ["FAIL second VM .*: asks DHCP: .* it is the disk driver"]),
+            ([sound, renamed], None, ["FAIL second .* bound to ens3.* ens9 here"]),
+            ([FakeBoot(stage="firmware", read_bytes=9)], None, ["FAIL asks DHCP: .*no kernel"]),
+            ([golden], None, ["FAIL reaches Azure: .* unit is not enabled .* firewall"]),
+            ([waagent], None, [r"\? reaches Azure: .* waagent needs"]),
+            ([refused], None, ["FAIL reports Ready: refused with status 400: no header$"]),
+            ([not_ready], None, ["FAIL reports Ready: it reported NotReady: <Health>"]),
+            ([asks_name], None, ["FAIL takes the .* for /metadata/instance/name, not"]),
+            ([FakeBoot("myset0", SOUND)], None, ["FAIL takes the computer .*: it took myset0,"]),
+            ([late] * 2, named, ["FAIL publishes .*: not before .*; .*dhclient.* 'golden'"]),
+            (
+                [late] * 2,
+                golden,
+                ["FAIL publishes .*", "FAIL silent .*'golden', not 'myset000000'"],
+            ),
+            (both, sound, ["FAIL silent after a reboot: it reported Ready again: the unit"]),
+            (both, asks_again, ["FAIL silent after a reboot: it asks the WireServer"]),
+            (both, FakeBoot(), ["FAIL silent after a reboot: no DHCP request within 60 s"]),
+            ([two_agents], None, ["FAIL is the .*: 2 agents .*: cloud-init, custom-provisioning;"]),
         ]
         for boots, reboot, expected in cases:
             with self.subTest(expected):
                 status, lines = verdict(boots, reboot)
-                self.assertEqual(status, 1 if expected else 0)
-                failed = [re.sub("  +", ": ", line[8:]) for line in lines if line[2:6] == "FAIL"]
-                self.assertEqual(len(failed), len(expected), failed)
-                for found, pattern in zip(failed, expected):
-                    self.assertRegex(found, "^" + pattern)
+                self.assertEqual(status, (3 if "?" in expected[0][:3] else 1) if expected else 0)
+                self.assert_verdict(lines, *expected)
+
+    def test_vm_that_is_still_booting_is_not_condemned(self) -> None:
+        booting: Any = {"prompt_time": 0, "active_time": 159}
+        sound = FakeBoot("golden myset000000", SOUND)
+        for boots in (
+            [FakeBoot(**booting)],
+            [FakeBoot(stage="firmware", read_bytes=0, **booting)],
+            [FakeBoot("golden", **booting)],
+            [FakeBoot("golden", "goalstate 200", **booting)],
+            [sound, FakeBoot(**booting)],
+        ):
+            status, lines = verdict(boots)
+            self.assertEqual((status, lines[-1]), (3, rehearse.UNTOLD))
+            self.assert_verdict(lines, r"\? .* still booting when the time ran out: raise --time")
+
+    def test_vm_that_does_not_stay_up_fails_even_if_all_else_is_well(self) -> None:
+        sound, named = FakeBoot("golden myset000000", SOUND), FakeBoot("myset000000")
+        for boots, reboot in (([sound], None), ([sound, sound], None), ([sound, sound], named)):
+            status, lines = verdict(boots, reboot, "Kernel panic - not syncing")
+            self.assertEqual(status, 1)
+            self.assert_verdict(lines, "FAIL stays up: Kernel panic")
+        status, lines = verdict([FakeBoot()], fate="Kernel panic - not syncing")
+        self.assert_verdict(lines, "FAIL asks DHCP: .* 60 s: Kernel panic", "FAIL stays up: ")
+
+    def test_vhd_that_azure_refuses_fails_and_the_commands_are_told(self) -> None:
+        status, lines = verdict([], image=Image("driver=vpc", MIB, "vpc", "dynamic"))
+        self.assertEqual((status, lines[-1]), (1, "It will not provision."))
+        self.assert_verdict(lines, "FAIL can be uploaded: Azure refuses this VHD: dynamic")
+        self.assertIn("qemu-img convert --image-opts driver=vpc -O vpc", "\n".join(lines))
 
     def test_last_line_is_the_result(self) -> None:
-        sound = FakeBoot("golden myset000000", SOUND)
-        unnamed = FakeBoot("golden", SOUND)
+        sound, unnamed = FakeBoot("golden myset000000", SOUND), FakeBoot("golden", SOUND)
+        silent = FakeBoot(stage="firmware", console="")
         for boots, result in (
             ([sound, sound], "It will provision."),
             ([unnamed, unnamed], "It will provision, but not correctly."),
             ([sound, FakeBoot("golden")], "It will not provision."),
+            ([silent], "It will not provision, or not correctly."),
         ):
             self.assertEqual(verdict(boots, FakeBoot("myset000000"))[1][-1], result)
 
@@ -186,76 +240,151 @@ class VerdictTest(unittest.TestCase):
         ):
             self.assertEqual(rehearse.agent(request(resource, "200", headers)), name)
 
+    def test_azure_may_be_told_in_another_way(self) -> None:
+        """What azure-init and Talos send, and what no agent should, replayed against the fake."""
+        init = {"x-ms-guest-agent-name": "Azure-Init/0.1.1", "Content-Type": "application/json"}
+        talos = {"x-ms-version": "2015-04-05", "x-ms-agent-name": "Talos"}
+        with FakeAzure() as azure:
+
+            def ask(path: str, headers: Dict[str, str], body: str = "") -> int:
+                with contextlib.closing(http.client.HTTPConnection(azure.wireserver)) as server:
+                    server.request("POST" if body else "GET", path, body or None, headers)
+                    return server.getresponse().status
+
+            ids = (azure.incarnation, azure.container_id, azure.instance_id)
+            report = azure_provision.HEALTH_REPORT.format(*ids)
+            for length in ("-1", "9999999"):
+                self.assertEqual(ask("/", {"Content-Length": length}), 413)
+            self.assertIn(ask("/provisioning/health", init, '{"state": "Ready"}'), range(200, 300))
+            self.assertEqual(ask("/machine?comp=goalstate", talos), 200)
+            xml = {"Content-Type": "text/xml; charset=utf-8"}
+            self.assertEqual(ask("/machine?comp=health", {**talos, **xml}, report), 200)
+        name = request("instance", "200", {"": ""})
+        for asked, agent in ((azure.requests[:1], "azure-init"), (azure.requests[1:], "Talos")):
+            boot = FakeBoot("golden myset000000", "", *asked, name)
+            status, lines = verdict([boot, boot], FakeBoot("myset000000"))
+            self.assertEqual(status, 0, lines)
+            self.assertTrue(any(line.endswith(agent) for line in lines), lines)
+
     def test_boot_is_watched_as_long_as_more_is_to_be_expected(self) -> None:
         """It began at 100 s, asked DHCP at 110 s, Azure at 120 s."""
         for second, name, asked, prompt, until in (
-            (False, "golden", "", 0, math.inf),
+            (False, "golden", "", 0, 250),
             (False, "myset000000", SOUND, 0, 140),
-            (False, "myset000000", SOUND, 128, 133),
+            (False, "myset000000", SOUND, 139, 147),
             (False, "golden", "", 104, 120),
             (False, "golden", "", 130, 160),
-            (True, "golden", "", 0, math.inf),
+            (True, "golden", "", 0, 250),
             (True, "myset000000", "", 0, 120),
-            (True, "golden", SOUND, 0, 120),
-            (True, "myset000000", "", 124, 130),
+            (True, "myset000000", "", 124, 132),
         ):
             with self.subTest(second=second, name=name, asked=asked, prompt=prompt):
-                boot: Any = FakeBoot(name, asked)
-                boot.prompt_time = prompt
+                boot: Any = FakeBoot(name, asked, prompt_time=prompt)
                 self.assertEqual(rehearse.deadline(boot, second), until)
 
 
 class ProbeTest(unittest.TestCase):
     @unittest.skipUnless(shutil.which("qemu-system-x86_64"), "needs QEMU")
     def test_accelerator_that_works_is_recognized(self) -> None:
-        self.assertTrue(rehearse.runs_guest("tcg", timeout=60))
+        self.assertTrue(rehearse.runs_guest(Setup(), timeout=60))
+        endless = b"\xeb\xfe".ljust(510, b"\0") + rehearse.SIGNATURE  # jmp $
+        with mock.patch.object(rehearse, "RESET_SECTOR", endless):
+            self.assertFalse(rehearse.runs_guest(Setup(), timeout=1))
+
+    def test_tool_that_hangs_is_ended(self) -> None:
+        with self.assertRaisesRegex(vm.VMError, "^sleep did not end within 0.1 s$"):
+            vm.run_tool("sleep", "60", timeout=0.1)
 
 
 class CommandLineTest(unittest.TestCase):
     def setUp(self) -> None:
         directory = tempfile.TemporaryDirectory(prefix="rehearse, ")
         self.addCleanup(directory.cleanup)
-        self.image = str(Path(directory.name, "image"))
-        Path(self.image).write_bytes(bytes(512))
+        self.directory = Path(directory.name)
+        self.image = self.file("image", bytes(512))
+
+    def file(self, name: str, content: bytes) -> str:
+        (self.directory / name).write_bytes(content)
+        return str(self.directory / name)
+
+    def start(self, *arguments: str, path: str = "/nowhere") -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.rehearse", *arguments],
+            cwd=str(ROOT),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+            env=dict(os.environ, PATH=path),
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
 
     def assert_refused(self, reason: str, *arguments: str) -> None:
         """It ends with status 2 and REASON in the last line, on a PATH without QEMU."""
         with self.subTest(arguments=arguments):
-            process = subprocess.run(
-                [sys.executable, "-m", "tests.rehearse", *arguments],
-                cwd=str(ROOT),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                encoding="utf-8",
-                env=dict(os.environ, PATH="/nowhere"),
-                timeout=60,
-            )
-            self.assertEqual((process.returncode, process.stdout), (2, ""), process.stderr)
-            last = process.stderr.splitlines()[-1]
+            process = self.start(*arguments)
+            output, errors = process.communicate(timeout=60)
+            self.assertEqual((process.returncode, output), (2, ""), errors)
+            last = errors.splitlines()[-1]
             self.assertRegex(last, rf"^python3 -m tests\.rehearse: error: .*{reason}")
 
     def test_usage_error_is_told_in_the_last_line(self) -> None:
+        fifo = str(self.directory / "fifo")
+        os.mkfifo(fifo)
         for reason, words in (
             ("required: IMAGE", []),
             ("invalid choice: 3", ["--generation=3", "x"]),
             ("not the beginning of a hostname", ["--name=my_set", "x"]),
             ("unrecognized arguments", ["--time=1", "x"]),
-            ("--console: the file is not empty", [f"--console={self.image}", self.image]),
+            ("image: neither an empty file nor a", [f"--console={self.image}", self.image]),
+            ("null: neither an empty file nor a", [f"--console={os.devnull}", self.image]),
+            ("No such device or address: '.*fifo'", [f"--console={fifo}", self.image]),
+            ("fifo: not a disk: neither a file nor", [fifo]),
         ):
             self.assert_refused(reason, *words)
 
     def test_reason_why_an_image_cannot_be_rehearsed_is_one_line(self) -> None:
-        small = self.image + "\x1b[2J\nsmall"
-        Path(small).touch()
+        header = struct.pack(">4sIQI52xQ", b"QFI\xfb", 3, 0, 0, 0).ljust(512, b"\0")
+        backing, data = bytearray(header), bytearray(header)
+        backing[15], data[79] = 104, 4
         for reason, image in (
             ("No such file or directory: '/nowhere'$", "/nowhere"),
             ("neither a file nor a block device", "."),
             ("neither a file nor a block device", os.devnull),
-            ("image.small: not a disk: it has 0 bytes", small),
+            ("image.small: not a disk: it has 0 bytes", self.file("image\x1b[2J\nsmall", b"")),
+            ("its data in another file: flatten it first: ", self.file("backing", bytes(backing))),
+            ("its data in another file: flatten it first: ", self.file("data", bytes(data))),
+            ("apt install qemu-system-x86", self.file("sound", header)),
             ("apt install qemu-system-x86", self.image),
         ):
             self.assert_refused(reason, image)
+
+    def test_signal_ends_it_while_a_tool_hangs(self) -> None:
+        fifo = str(self.directory / "fifo")
+        os.mkfifo(fifo)
+        script = f"#!/bin/sh\necho started >'{fifo}'\nexec sleep 60\n"
+        Path(self.file("qemu-img", script.encode())).chmod(0o755)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process = self.start(self.image, path=f"{self.directory}:/usr/bin:/bin")
+            Path(fifo).read_text()  # waits until it has started
+            process.send_signal(number)
+            output, _ = process.communicate(timeout=30)
+            self.assertEqual((process.returncode, output), (128 + number, "Stopped.\n"))
+
+    @unittest.skipUnless(shutil.which("qemu-system-x86_64"), "needs QEMU")
+    def test_signal_ends_it_while_a_vm_runs(self) -> None:
+        endless = b"\xeb\xfe".ljust(510, b"\0") + rehearse.SIGNATURE  # jmp $
+        image = self.file("endless", endless.ljust(MIB, b"\0"))
+        process = self.start(image, path=os.environ["PATH"])
+        assert process.stdout
+        while "first boot" not in process.stdout.readline():
+            self.assertIsNone(process.poll())
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=30)
+        self.assertEqual((process.returncode, errors), (128 + signal.SIGTERM, ""))
+        self.assertTrue(output.endswith("Stopped.\n"), output)
 
 
 if __name__ == "__main__":

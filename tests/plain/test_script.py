@@ -108,7 +108,7 @@ class HostnameTest(ScriptTest):
         bodies: List[Union[str, bytes]] = ["", "[]", "{}", "[" * 100000, '{"compute": {}}']
         bodies += ['{"compute": null}', '{"compute": "web"}', '{"name": "web"}', metadata(None, 1)]
         bodies += [metadata("web")[:-1], metadata("web").encode("utf-16"), metadata(["web"])]
-        bodies += [metadata({"computerName": 7}), metadata(None, {"web": 1})]
+        bodies += [metadata({"computerName": 7}), metadata({"adminUsername": "me"})]
         cases: List[List[Answer]] = [[Text(body)] for body in bodies]
         cases.append([Status(status) for status in (404, 404, 410, 429, 500, 503)])
         for answers in cases:
