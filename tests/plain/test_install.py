@@ -122,14 +122,12 @@ class InstallTest(unittest.TestCase):
     def files(self) -> Dict[str, Tuple[int, str]]:
         """Every file and link in and around the tree: its mode, and its content or target."""
         found = {}
-        # not rglob, which fails at a link to itself before Python 3.7
-        for directory, directories, names in os.walk(str(self.directory)):
-            for path in (Path(directory, name) for name in directories + names):
-                name = os.path.relpath(str(path), str(self.tree))
-                if path.is_symlink():
-                    found[name] = (0, os.readlink(str(path)))
-                elif path.is_file():
-                    found[name] = (path.stat().st_mode & 0o777, path.read_text(encoding="utf-8"))
+        for path in self.directory.rglob("*"):
+            name = os.path.relpath(str(path), str(self.tree))
+            if path.is_symlink():
+                found[name] = (0, os.readlink(str(path)))
+            elif path.is_file():
+                found[name] = (path.stat().st_mode & 0o777, path.read_text(encoding="utf-8"))
         return found
 
     def test_installs_any_number_of_times_with_any_shell(self) -> None:
