@@ -124,6 +124,15 @@ HOME = {f"home/me/sbin/{SCRIPT.name}": SYSTEMD[SCRIPT_PATH], SCRIPT_PATH: ""}
 UNMANAGED = "[keyfile]\nunmanaged-devices=*,except:type:wifi\n"
 REPORTS = {"opt/a": "#!/bin/sh\ncurl 168.63.129.16/machine?comp=health"}
 
+# A distribution, and what does not break it.
+ALSO_SOUND: List[Tuple[Files, Files]] = [
+    *(
+        (UBUNTU, {NETPLAN: f"{start}\n{UBUNTU[NETPLAN]}"})
+        for start in ("---", "%YAML 1.1\n--- # a")
+    ),
+    (UBUNTU, {"etc/cloud/cloud.cfg.d/90_dpkg.cfg": "# a\n---\ndatasource_list: [None]\n"}),
+]
+
 # A distribution, what breaks it, and what is said: of the first file, unless another is named.
 BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, {SYSTEM_UNIT: "", f"{WANTS}/{UNIT}": ""}, f"missing, {READY}: run install.sh"),
@@ -180,13 +189,15 @@ class CheckTest(unittest.TestCase):
         files: Files = {}
         for more in (SYSTEMD, *sets):
             files.update(more)
-        for path, content in ((self.root / name, text) for name, text in files.items() if text):
+        for name, content in ((name, text) for name, text in files.items() if text):
+            path = self.root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if content.startswith("-> "):
                 path.symlink_to(content[3:])
             else:
                 path.write_bytes(content.encode())
-                path.chmod(0o755 if content.startswith("#!") else 0o644)
+                mode = 0o600 if "system-connections" in name else 0o644
+                path.chmod(0o755 if content.startswith("#!") else mode)
         return problems(str(self.root))
 
     def run_check(self, *arguments: str) -> Tuple[int, str]:
@@ -195,8 +206,11 @@ class CheckTest(unittest.TestCase):
         return done.returncode, done.stdout.decode("ascii")
 
     def test_sound_trees_get_no_line(self) -> None:
-        for files in SOUND:
-            self.assertEqual(self.tree(files), [])
+        for base in SOUND:
+            self.assertEqual(self.tree(base), [])
+        for base, files in ALSO_SOUND:
+            with self.subTest(files=files):
+                self.assertEqual(self.tree(base, files), [])
 
     def test_each_fault_gets_one_line_that_names_the_file(self) -> None:
         for base, files, says, *other in BROKEN:
