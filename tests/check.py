@@ -13,7 +13,7 @@ from typing import Iterator, List
 
 from azure_provision import UNIT
 from tests import image_network as net
-from tests.image_files import ImageFiles, last, settings, variables, words, yaml
+from tests.image_files import ImageFiles, last, settings, variables, words, yaml, yes
 from tests.image_network import ETH0, MANAGER, NETWORKD, configurations
 
 HERE = Path(__file__).resolve().parent.parent
@@ -130,7 +130,7 @@ def accelerated_networking(image: ImageFiles) -> Iterator[str]:
     for file in image.layered("systemd/network/*.network"):
         found = settings(image.read(file))
         if re.search(SECOND, last(found, "Match.Driver")):
-            left[NETWORKD] = left[NETWORKD] or last(found, "Link.Unmanaged") in net.YES
+            left[NETWORKD] = left[NETWORKD] or yes(last(found, "Link.Unmanaged"))
     for config in configurations(image):
         if config.fits(second) and not config.off and not left.get(config.service, True):
             fix = "match Driver=hv_netvsc instead of a name"
@@ -165,7 +165,7 @@ def identities(image: ImageFiles) -> Iterator[str]:
     sshd = [f"{n}.{kind}" for n in ("ssh", "sshd") for kind in ("service", "socket")]
     sshd = [unit for unit in sshd if unit in image.started]
     makers = [
-        (unit, last(found, "Unit.ConditionFirstBoot") in net.YES)
+        (unit, yes(last(found, "Unit.ConditionFirstBoot")))
         for unit, found in image.started.items()
         if re.search("ssh-keygen|sshd-keygen", image.programs(found))
     ]

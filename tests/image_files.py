@@ -25,6 +25,8 @@ COMMAND_LINE = (
     r"(?mi)^[ \t]*(?:linux\w*[ \t]+\S+|options|append|(?:set )?kernelopts="
     r"|GRUB_CMDLINE_LINUX\w*=)(.*)"
 )
+YES = ("yes", "y", "true", "t", "on", "1")
+NO = ("no", "n", "false", "f", "off", "0")
 YAML_TOKEN = r"(\"[^\"]*\"|'[^']*'|[{}]|(?:[^\s{}\[\],:]|:(?!\s|$))+)(\s*:(?=\s|$))?"
 Settings = Dict[str, List[str]]
 
@@ -50,6 +52,14 @@ def words(found: Settings, *names: str) -> List[str]:
 
 def last(found: Settings, *names: str) -> str:
     return "".join([value for name in names for value in found.get(name, ())][-1:])
+
+
+def yes(value: str) -> bool:
+    return value.lower() in YES
+
+
+def no(value: Optional[str]) -> bool:
+    return (value or "").lower() in NO
 
 
 def variables(text: str) -> Dict[str, str]:

@@ -5,10 +5,8 @@ import re
 from fnmatch import fnmatchcase
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from tests.image_files import ImageFiles, Settings, last, settings, variables, words, yaml
+from tests.image_files import ImageFiles, Settings, last, no, settings, variables, words, yaml, yes
 
-YES = ("yes", "y", "true", "t", "on", "1")
-NO = ("no", "n", "false", "f", "off", "0")
 NETWORKD, MANAGER = "systemd-networkd.service", "NetworkManager.service"
 MANAGER_CONF = "/etc/NetworkManager/NetworkManager.conf"
 ETH0 = ("eth0", "hv_netvsc")  # the name and driver of Azure's interface
@@ -37,7 +35,7 @@ def matches(patterns: Sequence[str], value: str) -> bool:
 
 def hostname(suppressed: Optional[str], name: Optional[str]) -> str:
     """What two settings do to the name that is sent."""
-    if suppressed in NO:
+    if no(suppressed):
         return "sends no name"
     return f"always sends the name {name}" if name else ""
 
@@ -54,8 +52,9 @@ def networkd(image: ImageFiles) -> Iterator[Config]:
         bound = ("MACAddress", "PermanentMACAddress", "Path")
         never = [f"{name}={v}" for name in bound for v in found.get(f"Match.{name}", ())]
         sent = [last(found, f"DHCP.{n}", f"DHCPv4.{n}") for n in ("SendHostname", "Hostname")]
-        dhcp = last(found, "Network.DHCP") in (*YES, "both", "ipv4", "v4")
-        off = image.off(NETWORKD) if dhcp else "has no DHCP=yes"
+        dhcp = last(found, "Network.DHCP")
+        dhcp_on = yes(dhcp) or dhcp in ("both", "ipv4", "v4")
+        off = image.off(NETWORKD) if dhcp_on else "has no DHCP=yes"
         names, drivers = words(found, "Match.Name"), words(found, "Match.Driver")
         config = Config(file, names, drivers, " ".join(never), off, hostname(*sent), NETWORKD)
         if not (taken and config.fits(ETH0)):
@@ -88,7 +87,7 @@ def netplan(image: ImageFiles) -> Iterator[Config]:
             off = "netplan is not installed"
         elif service == NETWORKD and not off.endswith("masked"):
             off = ""
-        off = off if last(found, f"{key}/dhcp4") in YES else "has no dhcp4: true"
+        off = off if yes(last(found, f"{key}/dhcp4")) else "has no dhcp4: true"
         names = words(found, f"{key}/match/name") if f"{key}/match" in found else [name]
         mac, drivers = last(found, f"{key}/match/macaddress"), words(found, f"{key}/match/driver")
         sent = [last(found, f"{key}/dhcp4-overrides/{n}") for n in ("send-hostname", "hostname")]
@@ -127,7 +126,7 @@ def network_manager(image: ImageFiles) -> Iterator[Config]:
         if last(found, "connection.type") not in ("ethernet", "802-3-ethernet", ""):
             continue
         why = "" if last(found, "ipv4.method") in ("auto", "") else "has no method=auto for IPv4"
-        if last(found, "connection.autoconnect") in NO:
+        if no(last(found, "connection.autoconnect")):
             why = "has autoconnect=false"
         mac = last(found, "ethernet.mac-address", "802-3-ethernet.mac-address")
         never = f"mac-address={mac}" if mac else ""
@@ -153,7 +152,7 @@ def ifcfg(image: ImageFiles) -> Iterator[Config]:
         if device == "lo" or found.get("TYPE", "Ethernet") != "Ethernet":
             continue
         off = image.off("wicked.service") if suse else "" if script else image.off(MANAGER)
-        if found.get("ONBOOT", "").lower() in NO or found.get("STARTMODE") in ("off", "manual"):
+        if no(found.get("ONBOOT")) or found.get("STARTMODE") in ("off", "manual"):
             off = "is not started at boot"
         off = off if found.get("BOOTPROTO", "").startswith("dhcp") else "has no BOOTPROTO=dhcp"
         never = f"HWADDR={found['HWADDR']}" if found.get("HWADDR") else ""

@@ -130,6 +130,8 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
         (UBUNTU, {NETPLAN: f"{start}\n{UBUNTU[NETPLAN]}"})
         for start in ("---", "%YAML 1.1\n--- # a")
     ),
+    *((UBUNTU, plan(f"eth0: {{dhcp4: {yes}}}")) for yes in ("True", "Yes", "On", "YES")),
+    (NETWORKD, {NETWORK: NETWORKD[NETWORK].replace("yes", "Yes")}),
     (UBUNTU, {"etc/cloud/cloud.cfg.d/90_dpkg.cfg": "# a\n---\ndatasource_list: [None]\n"}),
 ]
 
@@ -153,7 +155,8 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, {"etc/systemd/network/05.network": "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
     (NETWORKD_BY_PRESET, {"etc/machine-id": "\n"}, "networkd.service is not enabled", NETWORK),
     (UBUNTU, {GENERATOR: ""}, f"netplan is not installed: {NONE}", NETPLAN),
-    (RHEL, profile("autoconnect=false"), f"has autoconnect=false; .*{NONE}"),
+    (NETWORKD, {NETWORK: NETWORKD[NETWORK].replace("yes", "IPv4")}, "has no DHCP=yes"),
+    (RHEL, profile("autoconnect=False"), f"has autoconnect=false; .*{NONE}"),
     (RHEL, {NM_CONF: UNMANAGED}, NONE, PROFILE),
     (SLES, {SUSE: "BOOTPROTO=dhcp\nSTARTMODE=manual\n"}, NONE),
     (NETWORKD, match("Name=eth0", f"[Link]\nMACAddress={MAC}"), ONE_MAC),
