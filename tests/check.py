@@ -30,6 +30,7 @@ SETS_MAC = (
     ("network/interfaces.d/*", r"\n[ \t]*hwaddress(?:[ \t]+ether)?[ \t]+"),
 )
 AGENTS = r"(cloud-init-(local|main)|wa(linux)?agent|azure-init|afterburn.*checkin)\.service$"
+KEYGEN = "ssh-keygen|sshd-keygen|dpkg-reconfigure .*openssh-server"
 HEALTH = "comp=health|/provisioning/health"  # to what an agent of another kind reports
 DRIVERS = ("hv_netvsc", "hv_storvsc", "nvme")
 SECOND = r"mlx|\bmana\b|hv_pci|SRIOV"  # in a rule for the second device of accelerated networking
@@ -167,7 +168,7 @@ def identities(image: ImageFiles) -> Iterator[str]:
     makers = [
         (unit, yes(last(found, "Unit.ConditionFirstBoot")))
         for unit, found in image.started.items()
-        if re.search("ssh-keygen|sshd-keygen", image.programs(found))
+        if re.search(KEYGEN, image.programs(found))
     ]
     if not sshd or any(not first or image.first_boot for _, first in makers):
         return

@@ -228,6 +228,7 @@ class ImageFiles:
         if not off and "cloud-init=disabled" not in self.command_line:
             generator = self.layered("systemd/system-generators/cloud-init-generator")
             todo += ["cloud-init.target"] if generator else []
+        todo += ["rc-local.service"] if self.stat("/etc/rc.local") & 0o111 else []
         started: Dict[str, Settings] = {}
         while todo:
             name = todo.pop()
@@ -255,7 +256,7 @@ class ImageFiles:
         return f"{unit} is not enabled"
 
     def programs(self, unit: Settings) -> str:
-        """What a unit runs: its commands, and the scripts that they name."""
+        """What a unit runs: its commands, and the text of the scripts that they name."""
         text = "\n".join(c for name in unit if "Service.ExecStart" in name for c in unit[name])
-        scripts = map(self.read, re.findall(r"(?:/[\w.+-]+)+", text))
-        return "\n".join([text, *(script for script in scripts if script.startswith("#!"))])
+        files = re.findall(r"(?:/[\w.+-]+)+", text)
+        return "\n".join([text, *(self.text_of(f) for f in files if self.read(f)[:1] != "\x7f")])

@@ -122,7 +122,13 @@ NONE, READY = "no DHCP client is enabled", "so no VM reports Ready"
 SHARED, FIXED, ONE_MAC = "would be shared by all", "always sends the name golden", "one MAC address"
 HOME = {f"home/me/sbin/{SCRIPT.name}": SYSTEMD[SCRIPT_PATH], SCRIPT_PATH: ""}
 UNMANAGED = "[keyfile]\nunmanaged-devices=*,except:type:wifi\n"
-REPORTS = {"opt/a": "#!/bin/sh\ncurl 168.63.129.16/machine?comp=health"}
+RC_LOCAL = {f"{LIB}/rc-local.service": "[Service]\nExecStart=/etc/rc.local start\n"}
+NO_KEYS = {**RHEL, **RC_LOCAL, f"{LIB}/sshd-keygen@.service": ""}
+KEYGEN = "test -e /a ||\\\n dpkg-reconfigure -f noninteractive openssh-server\n"
+REPORTS = {
+    f"opt/{name}": f"{start}curl 168.63.129.16/machine?comp=health"
+    for name, start in (("a", "#!/bin/sh\n"), ("a.py", ""))
+}
 
 # A distribution, and what does not break it.
 ALSO_SOUND: List[Tuple[Files, Files]] = [
@@ -132,6 +138,9 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     ),
     *((UBUNTU, plan(f"eth0: {{dhcp4: {yes}}}")) for yes in ("True", "Yes", "On", "YES")),
     (NETWORKD, {NETWORK: NETWORKD[NETWORK].replace("yes", "Yes")}),
+    (NO_KEYS, {"etc/rc.local": f"#!/bin/sh\n{KEYGEN}"}),
+    (NO_KEYS, {"etc/rc.local": "#!/bin/sh\nssh-keygen -A\n"}),
+    (NO_KEYS, {**service("a.service", "/bin/sh /opt/keys"), "opt/keys": KEYGEN}),
     (UBUNTU, {"etc/cloud/cloud.cfg.d/90_dpkg.cfg": "# a\n---\ndatasource_list: [None]\n"}),
 ]
 
@@ -175,6 +184,9 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, service("azure-init.service"), "mask azure-init.service"),
     (NETWORKD, service("afterburn-checkin.service"), "mask afterburn-checkin.service"),
     (NETWORKD, {**service("a.service", "/opt/a"), **REPORTS}, "mask a.service"),
+    (NETWORKD, {**service("a.service", "/usr/bin/python3 -I /opt/a.py"), **REPORTS}, "mask a.ser"),
+    (NO_KEYS, {"etc/rc.local": KEYGEN}, "nobody can log in", f"{LIB}/sshd.service"),
+    (NO_KEYS, {"etc/rc.local": "#!/bin/sh\n# ssh-keygen\n"}, "nobody", f"{LIB}/sshd.service"),
     (UBUNTU, {f"{MODULES}builtin": ""}, "no nvme", f"{MODULES}dep"),
 ]
 
