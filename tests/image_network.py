@@ -134,7 +134,7 @@ def network_manager(image: ImageFiles) -> Iterator[Config]:
         sent = hostname(last(found, "ipv4.dhcp-send-hostname"), last(found, "ipv4.dhcp-hostname"))
         drivers = words(found, "match.driver")
         config = Config(file, names, drivers, never, off or why, sent, MANAGER)
-        profile = profile or (config.fits(ETH0) and "autoconnect" not in why)
+        profile = profile or config.fits(ETH0)
         yield config
     if not profile and image.unit_file(MANAGER):
         if manager_lists(last(conf, "main.no-auto-default"), ETH0):

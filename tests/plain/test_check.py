@@ -21,6 +21,7 @@ WANTS, SYSTEM_UNIT = f"{SYSTEM}/multi-user.target.wants", f"{SYSTEM}/{UNIT}"
 SCRIPT_PATH, LIBRARY = "usr/local/sbin/azure_provision.py", "usr/lib64/python3.9"
 NETWORK, NETPLAN = "etc/systemd/network/10-a.network", "etc/netplan/a.yaml"
 PROFILE = "etc/NetworkManager/system-connections/Wired connection 1.nmconnection"
+DEFAULT = "usr/lib/NetworkManager/conf.d/00-server.conf"
 NM_CONF, RULES = "etc/NetworkManager/conf.d/a.conf", "etc/udev/rules.d/70-a.rules"
 IFCFG, SUSE = "etc/sysconfig/network-scripts/ifcfg-eth0", "etc/sysconfig/network/ifcfg-eth0"
 INTERFACES, GENERATOR = "etc/network/interfaces", "usr/lib/systemd/system-generators/netplan"
@@ -81,7 +82,7 @@ UBUNTU: Files = {
 RHEL: Files = {
     **service("NetworkManager.service"),
     PROFILE: "[connection]\ntype=ethernet\n[ipv4]\nmethod=auto\n",
-    "usr/lib/NetworkManager/conf.d/00-server.conf": "[main]\nno-auto-default=*\n",
+    DEFAULT: "[main]\nno-auto-default=*\n",
     NM_CONF: "[keyfile]\nunmanaged-devices=*,except:type:ethernet\n",
     RULES: RULE,
     **service("sshd.service", "/usr/sbin/sshd -D", "Wants=sshd-keygen.target"),
@@ -165,7 +166,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD_BY_PRESET, {"etc/machine-id": "\n"}, "networkd.service is not enabled", NETWORK),
     (UBUNTU, {GENERATOR: ""}, f"netplan is not installed: {NONE}", NETPLAN),
     (NETWORKD, {NETWORK: NETWORKD[NETWORK].replace("yes", "IPv4")}, "has no DHCP=yes"),
-    (RHEL, profile("autoconnect=False"), f"has autoconnect=false; .*{NONE}"),
+    (RHEL, {**profile("autoconnect=False"), DEFAULT: ""}, "has autoconnect=false", PROFILE),
     (RHEL, {NM_CONF: UNMANAGED}, NONE, PROFILE),
     (SLES, {SUSE: "BOOTPROTO=dhcp\nSTARTMODE=manual\n"}, NONE),
     (NETWORKD, match("Name=eth0", f"[Link]\nMACAddress={MAC}"), ONE_MAC),
