@@ -9,6 +9,8 @@ from tests.image_files import ImageFiles, Settings, last, no, settings, variable
 
 NETWORKD, MANAGER = "systemd-networkd.service", "NetworkManager.service"
 MANAGER_CONF = "/etc/NetworkManager/NetworkManager.conf"
+NETWORK_SCRIPTS = "/etc/sysconfig/network-scripts/"
+BACKUP = r"(~|\.(bak|orig|rpmsave|rpmnew))$"  # names of files that are not read
 ETH0 = ("eth0", "hv_netvsc")  # the name and driver of Azure's interface
 
 
@@ -117,13 +119,15 @@ def unmanaged_by_manager(image: ImageFiles, device: Tuple[str, str]) -> bool:
 
 def network_manager(image: ImageFiles) -> Iterator[Config]:
     """Profiles; and a device without one gets DHCP, unless told otherwise."""
-    conf, off, profile = manager_conf(image), image.off(MANAGER), False
+    conf, off = manager_conf(image), image.off(MANAGER)
+    profile = any(c.fits(ETH0) for c in ifcfg(image) if c.file.startswith(NETWORK_SCRIPTS))
     if unmanaged_by_manager(image, ETH0):
         off = off or "eth0 is among NetworkManager's unmanaged-devices"
     profiles = "NetworkManager/system-connections/*"
     for file in image.list(f"etc/{profiles}") + image.list(f"usr/lib/{profiles}"):
         found = settings(image.read(file))
-        if last(found, "connection.type") not in ("ethernet", "802-3-ethernet", ""):
+        kind = last(found, "connection.type")
+        if kind not in ("ethernet", "802-3-ethernet", "") or re.search(BACKUP, file):
             continue
         why = "" if last(found, "ipv4.method") in ("auto", "") else "has no method=auto for IPv4"
         if no(last(found, "connection.autoconnect")):
@@ -133,8 +137,10 @@ def network_manager(image: ImageFiles) -> Iterator[Config]:
         names = words(found, "connection.interface-name", "match.interface-name")
         sent = hostname(last(found, "ipv4.dhcp-send-hostname"), last(found, "ipv4.dhcp-hostname"))
         drivers = words(found, "match.driver")
+        ignored = file.startswith("/etc/") and image.stat(file) & 0o077
+        why = "is ignored, as not only root can read it (chmod 600)" if ignored else why
         config = Config(file, names, drivers, never, off or why, sent, MANAGER)
-        profile = profile or config.fits(ETH0)
+        profile = profile or (config.fits(ETH0) and not ignored)
         yield config
     if not profile and image.unit_file(MANAGER):
         if manager_lists(last(conf, "main.no-auto-default"), ETH0):
@@ -146,14 +152,17 @@ def ifcfg(image: ImageFiles) -> Iterator[Config]:
     """RHEL's files, for NetworkManager or the init script of RHEL 7, and those of SUSE's wicked."""
     script = image.list("etc/rc.d/rc3.d/S*network")
     for file in image.list("etc/sysconfig/network*/ifcfg-*"):
-        suse = file.startswith("/etc/sysconfig/network/")
+        suse = not file.startswith(NETWORK_SCRIPTS)
         found = variables(image.read(file))
         device = file.rpartition("/ifcfg-")[2] if suse else found.get("DEVICE", "")
-        if device == "lo" or found.get("TYPE", "Ethernet") != "Ethernet":
+        other = device == "lo" or found.get("TYPE", "Ethernet") != "Ethernet"
+        if other or re.search(BACKUP, file):
             continue
         off = image.off("wicked.service") if suse else "" if script else image.off(MANAGER)
         if no(found.get("ONBOOT")) or found.get("STARTMODE") in ("off", "manual"):
             off = "is not started at boot"
+        if no(found.get("NM_CONTROLLED")) and not script:
+            off = "has NM_CONTROLLED=no, but there is no other program for it"
         off = off if found.get("BOOTPROTO", "").startswith("dhcp") else "has no BOOTPROTO=dhcp"
         never = f"HWADDR={found['HWADDR']}" if found.get("HWADDR") else ""
         sent = hostname(found.get("DHCP_SEND_HOSTNAME"), found.get("DHCP_HOSTNAME"))

@@ -39,6 +39,7 @@ echo '        driver: [hv_netvsc, virtio_net]' >>{NETPLAN}
 """
 ONLY_PROFILE = f"""
 printf '[main]\\nno-auto-default=*\\n' >etc/NetworkManager/conf.d/a.conf
+install -m 600 /dev/null {PROFILE}
 printf '[connection]\\nid=a\\ntype=%b\\n[ipv4]\\nmethod=auto\\n' >{PROFILE} """
 
 

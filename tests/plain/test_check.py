@@ -21,6 +21,7 @@ WANTS, SYSTEM_UNIT = f"{SYSTEM}/multi-user.target.wants", f"{SYSTEM}/{UNIT}"
 SCRIPT_PATH, LIBRARY = "usr/local/sbin/azure_provision.py", "usr/lib64/python3.9"
 NETWORK, NETPLAN = "etc/systemd/network/10-a.network", "etc/netplan/a.yaml"
 PROFILE = "etc/NetworkManager/system-connections/Wired connection 1.nmconnection"
+NM_MAIN = "etc/NetworkManager/NetworkManager.conf"
 DEFAULT = "usr/lib/NetworkManager/conf.d/00-server.conf"
 NM_CONF, RULES = "etc/NetworkManager/conf.d/a.conf", "etc/udev/rules.d/70-a.rules"
 IFCFG, SUSE = "etc/sysconfig/network-scripts/ifcfg-eth0", "etc/sysconfig/network/ifcfg-eth0"
@@ -142,6 +143,8 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (NO_KEYS, {"etc/rc.local": f"#!/bin/sh\n{KEYGEN}"}),
     (NO_KEYS, {"etc/rc.local": "#!/bin/sh\nssh-keygen -A\n"}),
     (NO_KEYS, {**service("a.service", "/bin/sh /opt/keys"), "opt/keys": KEYGEN}),
+    (RHEL, {PROFILE: f"{RHEL[PROFILE]}# 0644", DEFAULT: ""}),
+    (RHEL, {f"{PROFILE}.bak": "[connection]\nautoconnect=no\n", PROFILE: "", DEFAULT: ""}),
     (UBUNTU, {"etc/cloud/cloud.cfg.d/90_dpkg.cfg": "# a\n---\ndatasource_list: [None]\n"}),
 ]
 
@@ -167,6 +170,17 @@ BROKEN: List[Tuple[Any, ...]] = [
     (UBUNTU, {GENERATOR: ""}, f"netplan is not installed: {NONE}", NETPLAN),
     (NETWORKD, {NETWORK: NETWORKD[NETWORK].replace("yes", "IPv4")}, "has no DHCP=yes"),
     (RHEL, {**profile("autoconnect=False"), DEFAULT: ""}, "has autoconnect=false", PROFILE),
+    *(
+        (RHEL, {IFCFG: f"DEVICE=eth0\n{why}=no\n{dhcp}", PROFILE: "", DEFAULT: ""}, says)
+        for why, dhcp, says in (
+            ("ONBOOT", "BOOTPROTO=dhcp", "is not started at boot"),
+            ("NM_CONTROLLED", "BOOTPROTO=dhcp", "has NM_CONTROLLED=no"),
+            ("DEFROUTE", "BOOTPROTO=none", "has no BOOTPROTO=dhcp"),
+        )
+    ),
+    (RHEL, {PROFILE: "", f"{PROFILE}~": RHEL[PROFILE]}, "no profile for eth0", NM_MAIN),
+    (RHEL_8, {IFCFG: "", f"{IFCFG}.rpmsave": RHEL_8[IFCFG]}, "no profile for eth0", NM_MAIN),
+    (RHEL, {PROFILE: f"{RHEL[PROFILE]}# 0644"}, "chmod 600"),
     (RHEL, {NM_CONF: UNMANAGED}, NONE, PROFILE),
     (SLES, {SUSE: "BOOTPROTO=dhcp\nSTARTMODE=manual\n"}, NONE),
     (NETWORKD, match("Name=eth0", f"[Link]\nMACAddress={MAC}"), ONE_MAC),
@@ -212,7 +226,7 @@ class CheckTest(unittest.TestCase):
                 path.symlink_to(content[3:])
             else:
                 path.write_bytes(content.encode())
-                mode = 0o600 if "system-connections" in name else 0o644
+                mode = 0o600 if name == PROFILE and "# 0644" not in content else 0o644
                 path.chmod(0o755 if content.startswith("#!") else mode)
         return problems(str(self.root))
 
