@@ -198,6 +198,12 @@ class ImageFiles:
             found += [(file, line) for line in lines if line.strip()]
         return found
 
+    def systemd_version(self) -> int:
+        """The version of systemd; 0 if it cannot be told."""
+        places = ("lib", "usr/lib", "usr/lib64", "lib/*", "usr/lib/*")
+        files = [f for p in places for f in self.list(f"{p}/systemd/libsystemd-shared-*.so")]
+        return int((re.findall(r"-shared-(\d+)", " ".join(files)) or ["0"])[0])
+
     def unit_file(self, name: str) -> str:
         """The file that systemd reads for a unit, or for the template that it is made from."""
         names = (name, re.sub(r"@.*\.", "@.", name))

@@ -43,8 +43,18 @@ def hostname(suppressed: Optional[str], name: Optional[str]) -> str:
 
 
 def networkd(image: ImageFiles) -> Iterator[Config]:
-    """systemd.network(5): the first file that matches a device is used."""
+    """systemd.network(5): the first file that matches a device is used, also of netplan's."""
+    named = [(f"10-netplan-{name}.network", config) for name, config in netplan(image)]
+    named += [(os.path.basename(config.file), config) for config in networkd_files(image)]
     taken = False
+    for _, config in sorted(named):
+        if config.service == MANAGER or not (taken and config.fits(ETH0)):
+            yield config
+        taken = taken or (config.service == NETWORKD and config.fits(ETH0))
+
+
+def networkd_files(image: ImageFiles) -> Iterator[Config]:
+    """Its own files."""
     for file in image.layered("systemd/network/*.network"):
         drop_ins = image.text(f"systemd/network/{os.path.basename(file)}.d/*.conf")
         found = settings(f"{image.read(file)}\n{drop_ins}")
@@ -57,11 +67,11 @@ def networkd(image: ImageFiles) -> Iterator[Config]:
         dhcp = last(found, "Network.DHCP")
         dhcp_on = yes(dhcp) or dhcp in ("both", "ipv4", "v4")
         off = image.off(NETWORKD) if dhcp_on else "has no DHCP=yes"
+        policy = last(found, "Link.ActivationPolicy")
+        if yes(last(found, "Link.Unmanaged")) or policy in ("manual", "down", "always-down"):
+            off = "leaves the interface down or alone (Unmanaged=, ActivationPolicy=)"
         names, drivers = words(found, "Match.Name"), words(found, "Match.Driver")
-        config = Config(file, names, drivers, " ".join(never), off, hostname(*sent), NETWORKD)
-        if not (taken and config.fits(ETH0)):
-            yield config
-        taken = taken or config.fits(ETH0)
+        yield Config(file, names, drivers, " ".join(never), off, hostname(*sent), NETWORKD)
 
 
 def netplan_files(image: ImageFiles) -> Tuple[Settings, Dict[str, str]]:
@@ -76,8 +86,8 @@ def netplan_files(image: ImageFiles) -> Tuple[Settings, Dict[str, str]]:
     return found, files
 
 
-def netplan(image: ImageFiles) -> Iterator[Config]:
-    """Its generator starts systemd-networkd, unless that is masked."""
+def netplan(image: ImageFiles) -> Iterator[Tuple[str, Config]]:
+    """Its definitions by name. Its generator starts systemd-networkd, unless that is masked."""
     found, files = netplan_files(image)
     generator = image.layered("systemd/system-generators/netplan")
     for name, file in files.items():
@@ -90,11 +100,13 @@ def netplan(image: ImageFiles) -> Iterator[Config]:
         elif service == NETWORKD and not off.endswith("masked"):
             off = ""
         off = off if yes(last(found, f"{key}/dhcp4")) else "has no dhcp4: true"
+        if last(found, f"{key}/activation-mode") in ("manual", "off"):
+            off = "has an activation-mode that leaves it down"
         names = words(found, f"{key}/match/name") if f"{key}/match" in found else [name]
         mac, drivers = last(found, f"{key}/match/macaddress"), words(found, f"{key}/match/driver")
         sent = [last(found, f"{key}/dhcp4-overrides/{n}") for n in ("send-hostname", "hostname")]
         never = f"macaddress: {mac}" if mac else ""
-        yield Config(file, names, drivers, never, off, hostname(*sent), service)
+        yield name, Config(file, names, drivers, never, off, hostname(*sent), service)
 
 
 def manager_lists(devices: str, device: Tuple[str, str]) -> bool:
@@ -238,5 +250,5 @@ def other_clients(image: ImageFiles) -> Iterator[Config]:
 
 def configurations(image: ImageFiles) -> List[Config]:
     """All that there are."""
-    stacks = (networkd, netplan, network_manager, ifcfg, ifupdown, other_clients)
+    stacks = (networkd, network_manager, ifcfg, ifupdown, other_clients)
     return [config for stack in stacks for config in stack(image)]

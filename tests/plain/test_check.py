@@ -127,6 +127,7 @@ UNMANAGED = "[keyfile]\nunmanaged-devices=*,except:type:wifi\n"
 RC_LOCAL = {f"{LIB}/rc-local.service": "[Service]\nExecStart=/etc/rc.local start\n"}
 NO_KEYS = {**RHEL, **RC_LOCAL, f"{LIB}/sshd-keygen@.service": ""}
 KEYGEN = "test -e /a ||\\\n dpkg-reconfigure -f noninteractive openssh-server\n"
+IDLE = ("Unmanaged=True", "ActivationPolicy=manual", "ActivationPolicy=down")
 REPORTS = {
     f"opt/{name}": f"{start}curl 168.63.129.16/machine?comp=health"
     for name, start in (("a", "#!/bin/sh\n"), ("a.py", ""))
@@ -166,6 +167,10 @@ BROKEN: List[Tuple[Any, ...]] = [
     (SLES, {SUSE.replace("eth0", "ens3"): "BOOTPROTO=dhcp\n", SUSE: ""}, "is for ens3"),
     (NETWORKD, {NETWORK: "[Match]\nName=e*\n[Network]\nAddress=10.0.0.4/24\n"}, "has no DHCP=yes"),
     (NETWORKD, {"etc/systemd/network/05.network": "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
+    *((NETWORKD, match("Name=eth0", f"[Link]\n{idle}"), f"leaves .*{NONE}") for idle in IDLE),
+    (UBUNTU, plan("eth0: {dhcp4: on, activation-mode: manual}"), f"activation-mode .*{NONE}"),
+    (UBUNTU, plan("a: {match: {name: e*}}, eth0: {dhcp4: true}"), "has no dhcp4: true"),
+    (UBUNTU, {"etc/systemd/network/05.network": "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
     (NETWORKD_BY_PRESET, {"etc/machine-id": "\n"}, "networkd.service is not enabled", NETWORK),
     (UBUNTU, {GENERATOR: ""}, f"netplan is not installed: {NONE}", NETPLAN),
     (NETWORKD, {NETWORK: NETWORKD[NETWORK].replace("yes", "IPv4")}, "has no DHCP=yes"),
