@@ -11,6 +11,11 @@ NETWORKD, MANAGER = "systemd-networkd.service", "NetworkManager.service"
 MANAGER_CONF = "/etc/NetworkManager/NetworkManager.conf"
 NETWORK_SCRIPTS = "/etc/sysconfig/network-scripts/"
 BACKUP = r"(~|\.(bak|orig|rpmsave|rpmnew))$"  # names of files that are not read
+# What systemd knows in a [Match] section; a file without any of them is ignored.
+MATCHES = (
+    r"Match\.((Permanent)?MACAddress|Path|Driver|Type|Kind|Property|Name|WLAN.*|B?SSID|Host"
+    r"|Virtualization|Kernel.*|Credential|Architecture|Firmware)$"
+)
 ETH0 = ("eth0", "hv_netvsc")  # the name and driver of Azure's interface
 
 
@@ -47,17 +52,22 @@ def networkd(image: ImageFiles) -> Iterator[Config]:
     named = [(f"10-netplan-{name}.network", config) for name, config in netplan(image)]
     named += [(os.path.basename(config.file), config) for config in networkd_files(image)]
     taken = False
-    for _, config in sorted(named):
-        if config.service == MANAGER or not (taken and config.fits(ETH0)):
+    for _, config in sorted(named, key=lambda pair: pair[0]):
+        first = config.service == NETWORKD and config.fits(ETH0)
+        if not (first and taken):
             yield config
-        taken = taken or (config.service == NETWORKD and config.fits(ETH0))
+        taken = taken or first
 
 
 def networkd_files(image: ImageFiles) -> Iterator[Config]:
     """Its own files."""
+    old = 0 < image.systemd_version() < 244
     for file in image.layered("systemd/network/*.network"):
         drop_ins = image.text(f"systemd/network/{os.path.basename(file)}.d/*.conf")
         found = settings(f"{image.read(file)}\n{drop_ins}")
+        if not old and not any(re.match(MATCHES, name) for name in found if found[name]):
+            yield Config(file, off="is ignored, as [Match] says nothing (add Driver= or Name=)")
+            continue
         wired = matches(words(found, "Match.Type"), "ether")
         if not wired or last(found, "Match.Virtualization") == "container":
             continue
@@ -96,7 +106,7 @@ def netplan(image: ImageFiles) -> Iterator[Tuple[str, Config]]:
         service = MANAGER if renderer == "NetworkManager" else NETWORKD
         off = image.off(service)
         if not generator:
-            off = "netplan is not installed"
+            off, service = "netplan is not installed", ""
         elif service == NETWORKD and not off.endswith("masked"):
             off = ""
         off = off if yes(last(found, f"{key}/dhcp4")) else "has no dhcp4: true"

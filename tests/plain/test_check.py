@@ -127,6 +127,7 @@ UNMANAGED = "[keyfile]\nunmanaged-devices=*,except:type:wifi\n"
 RC_LOCAL = {f"{LIB}/rc-local.service": "[Service]\nExecStart=/etc/rc.local start\n"}
 NO_KEYS = {**RHEL, **RC_LOCAL, f"{LIB}/sshd-keygen@.service": ""}
 KEYGEN = "test -e /a ||\\\n dpkg-reconfigure -f noninteractive openssh-server\n"
+SHARED_LIB = "usr/lib/systemd/libsystemd-shared"
 IDLE = ("Unmanaged=True", "ActivationPolicy=manual", "ActivationPolicy=down")
 REPORTS = {
     f"opt/{name}": f"{start}curl 168.63.129.16/machine?comp=health"
@@ -144,6 +145,8 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (NO_KEYS, {"etc/rc.local": f"#!/bin/sh\n{KEYGEN}"}),
     (NO_KEYS, {"etc/rc.local": "#!/bin/sh\nssh-keygen -A\n"}),
     (NO_KEYS, {**service("a.service", "/bin/sh /opt/keys"), "opt/keys": KEYGEN}),
+    (NETWORKD, {"etc/systemd/network/05.network": "[Network]\nAddress=10.0.0.4/24\n"}),
+    (NETWORKD, {NETPLAN: "network: {ethernets: {eth0: {dhcp4: false}}}\n"}),
     (RHEL, {PROFILE: f"{RHEL[PROFILE]}# 0644", DEFAULT: ""}),
     (RHEL, {f"{PROFILE}.bak": "[connection]\nautoconnect=no\n", PROFILE: "", DEFAULT: ""}),
     (UBUNTU, {"etc/cloud/cloud.cfg.d/90_dpkg.cfg": "# a\n---\ndatasource_list: [None]\n"}),
@@ -168,6 +171,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, {NETWORK: "[Match]\nName=e*\n[Network]\nAddress=10.0.0.4/24\n"}, "has no DHCP=yes"),
     (NETWORKD, {"etc/systemd/network/05.network": "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
     *((NETWORKD, match("Name=eth0", f"[Link]\n{idle}"), f"leaves .*{NONE}") for idle in IDLE),
+    (NETWORKD, match("Interface=eth0"), f"Match. says nothing .*{NONE}"),
     (UBUNTU, plan("eth0: {dhcp4: on, activation-mode: manual}"), f"activation-mode .*{NONE}"),
     (UBUNTU, plan("a: {match: {name: e*}}, eth0: {dhcp4: true}"), "has no dhcp4: true"),
     (UBUNTU, {"etc/systemd/network/05.network": "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
@@ -194,6 +198,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (RHEL_8, {IFCFG: f"{RHEL_8[IFCFG]}MACADDR={MAC}\n"}, ONE_MAC),
     (DEBIAN, {INTERFACES: f"{DEBIAN[INTERFACES]} hwaddress ether {MAC}\n"}, ONE_MAC),
     (UBUNTU, plan("a: {match: {name: eth*}, dhcp4: true}"), "second device"),
+    (NETWORKD, {**match("Interface=eth0"), f"{SHARED_LIB}-243.so": "\x7fELF"}, "second device"),
     (RHEL, {RULES: RULE.replace("mana", "veth")}, "second device", PROFILE),
     (NETWORKD, {f"{NETWORK}.d/a.conf": "[DHCPv4]\nHostname=golden\n"}, FIXED, NETWORK),
     (UBUNTU, plan("eth0: {dhcp4: true, dhcp4-overrides: {hostname: golden}}"), FIXED),
