@@ -126,7 +126,7 @@ def accelerated_networking(image: ImageFiles) -> Iterator[str]:
     rules = [r for r in image.text("udev/rules.d/*.rules").split("\n") if re.search(SECOND, r)]
     left = {
         MANAGER: net.unmanaged_by_manager(image, second) or "NM_UNMANAGED" in "".join(rules),
-        NETWORKD: "ID_NET_MANAGED_BY" in "".join(rules),
+        NETWORKD: "ID_NET_MANAGED_BY" in "".join(rules) and not 0 < image.systemd_version() < 255,
     }
     for file in image.layered("systemd/network/*.network"):
         found = settings(image.read(file))
