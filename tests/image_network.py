@@ -134,8 +134,13 @@ def manager_conf(image: ImageFiles) -> Settings:
 
 
 def unmanaged_by_manager(image: ImageFiles, device: Tuple[str, str]) -> bool:
-    """Whether NetworkManager leaves a device alone; netplan overrides that for all."""
-    listed = manager_lists(last(manager_conf(image), "keyfile.unmanaged-devices"), device)
+    """Whether NetworkManager leaves a device alone; netplan overrides the list of these."""
+    conf = manager_conf(image)
+    for name in filter(re.compile(r"device.*\.managed$").match, conf):
+        devices = last(conf, name.replace(".managed", ".match-device")) or "*"
+        if no(last(conf, name)) and manager_lists(devices, device):
+            return True
+    listed = manager_lists(last(conf, "keyfile.unmanaged-devices"), device)
     return listed and last(netplan_files(image)[0], "network/renderer") != "NetworkManager"
 
 
@@ -144,7 +149,7 @@ def network_manager(image: ImageFiles) -> Iterator[Config]:
     conf, off = manager_conf(image), image.off(MANAGER)
     profile = any(c.fits(ETH0) for c in ifcfg(image) if c.file.startswith(NETWORK_SCRIPTS))
     if unmanaged_by_manager(image, ETH0):
-        off = off or "eth0 is among NetworkManager's unmanaged-devices"
+        off = off or "NetworkManager is told not to manage eth0"
     profiles = "NetworkManager/system-connections/*"
     for file in image.list(f"etc/{profiles}") + image.list(f"usr/lib/{profiles}"):
         found = settings(image.read(file))

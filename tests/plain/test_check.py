@@ -128,6 +128,7 @@ RC_LOCAL = {f"{LIB}/rc-local.service": "[Service]\nExecStart=/etc/rc.local start
 NO_KEYS = {**RHEL, **RC_LOCAL, f"{LIB}/sshd-keygen@.service": ""}
 KEYGEN = "test -e /a ||\\\n dpkg-reconfigure -f noninteractive openssh-server\n"
 SHARED_LIB = "usr/lib/systemd/libsystemd-shared"
+DEVICE = "[device-a]\nmatch-device=%s\nmanaged=0\n"
 IDLE = ("Unmanaged=True", "ActivationPolicy=manual", "ActivationPolicy=down")
 REPORTS = {
     f"opt/{name}": f"{start}curl 168.63.129.16/machine?comp=health"
@@ -148,6 +149,7 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (NETWORKD, {"etc/systemd/network/05.network": "[Network]\nAddress=10.0.0.4/24\n"}),
     (NETWORKD, {NETPLAN: "network: {ethernets: {eth0: {dhcp4: false}}}\n"}),
     (NETWORKD, {**match("Name=e*"), RULES: RULE}),
+    (RHEL, {NM_CONF: DEVICE % "driver:mlx5_core;driver:mana", RULES: ""}),
     (NETWORKD, {**match("Name=e*"), RULES: RULE, f"{SHARED_LIB}-255.4-1.fc40.so": "-"}),
     (RHEL, {PROFILE: f"{RHEL[PROFILE]}# 0644", DEFAULT: ""}),
     (RHEL, {f"{PROFILE}.bak": "[connection]\nautoconnect=no\n", PROFILE: "", DEFAULT: ""}),
@@ -193,6 +195,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (RHEL_8, {IFCFG: "", f"{IFCFG}.rpmsave": RHEL_8[IFCFG]}, "no profile for eth0", NM_MAIN),
     (RHEL, {PROFILE: f"{RHEL[PROFILE]}# 0644"}, "chmod 600"),
     (RHEL, {NM_CONF: UNMANAGED}, NONE, PROFILE),
+    (RHEL, {NM_CONF: DEVICE % "interface-name:eth*;driver:veth"}, NONE, PROFILE),
     (SLES, {SUSE: "BOOTPROTO=dhcp\nSTARTMODE=manual\n"}, NONE),
     (NETWORKD, match("Name=eth0", f"[Link]\nMACAddress={MAC}"), ONE_MAC),
     (UBUNTU, plan(f"eth0: {{dhcp4: true, macaddress: {MAC}}}"), ONE_MAC),
