@@ -16,7 +16,7 @@ usage() {
 usage: [VARIABLE=value ...] ./install.sh [--no-enable | --uninstall | --help]
 Install the provisioning of Azure VMs. It runs at the next boot, not now.
 
-  --no-enable  leave the unit disabled: install neither its link nor its preset
+  --no-enable  leave the unit disabled: no link, and a preset that keeps it so
   --uninstall  remove everything that an installation with the same PREFIX made
 
   DESTDIR  the root directory of the image   (this machine)
@@ -125,20 +125,21 @@ install_files() {
     chmod 0755 "$script.new"
     sed -e "/^ExecStart=/s|/usr/bin/python3|$PYTHON|" \
         -e "/^ExecStart=/s|/usr/local/sbin|$PREFIX/sbin|" "$here/$UNIT" >"$unit.new"
-    echo "enable $UNIT" >"$preset.new"
+    echo "$enable $UNIT" >"$preset.new" # or an image's first boot may enable all units
     ln -s "/etc/systemd/system/$UNIT" "$link.new"
     rm -f "$link" "$preset"
     mv -f "$script.new" "$script"
     mv -f "$unit.new" "$unit"
-    [ "$enable" = no ] || { mv -f "$preset.new" "$preset"; mv -f "$link.new" "$link"; }
-    rm -f "$preset.new" "$link.new"
+    mv -f "$preset.new" "$preset"
+    [ "$enable" = disable ] || mv -f "$link.new" "$link"
+    rm -f "$link.new"
     trap - EXIT HUP INT QUIT TERM
 }
 
-enable=yes uninstall=no
+enable=enable uninstall=no
 case $#:${1:-} in
     0:) ;;
-    1:--no-enable) enable=no ;;
+    1:--no-enable) enable=disable ;;
     1:--uninstall) uninstall=yes ;;
     1:--help | 1:-h) usage && exit ;;
     *) die "one option at most, and not: $* (see --help)" 2 ;;

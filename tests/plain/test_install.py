@@ -151,8 +151,12 @@ class InstallTest(unittest.TestCase):
     @unittest.skipUnless(shutil.which("systemctl"), "systemctl is not installed")
     def test_unit_stays_as_installed_when_presets_are_applied(self) -> None:
         systemctl = ["systemctl", f"--root={self.tree}"]
-        for options, state in (((), b"enabled\n"), (("--no-enable",), b"disabled\n")):
-            self.new_tree(**{"usr/lib/systemd/system-preset/99-default.preset": "disable *\n"})
+        default = "usr/lib/systemd/system-preset/99-default.preset"
+        for options, state, presets in (
+            ((), b"enabled\n", {default: "disable *\n"}),
+            (("--no-enable",), b"disabled\n", {}),  # without any, all units are enabled
+        ):
+            self.new_tree(**presets)
             self.succeed()
             self.succeed(*options)
             for before in (["is-enabled", UNIT], ["preset-all"], ["is-enabled", UNIT]):
