@@ -3,10 +3,8 @@
 
 set -eu
 umask 022
-export LC_ALL=C
-PATH=${PATH:+$PATH:}/usr/sbin:/usr/bin:/sbin:/bin # chroot is not on every user's PATH
-SCRIPT=azure_provision.py
-UNIT=azure-provisioning.service
+export LC_ALL=C "PATH=/usr/sbin:/usr/bin:/sbin:/bin${PATH:+:$PATH}" # the system's tools first
+SCRIPT=azure_provision.py UNIT=azure-provisioning.service
 DESTDIR=${DESTDIR:-}
 PREFIX=${PREFIX:-/usr/local}
 PYTHON=${PYTHON:-/usr/bin/python3}
@@ -61,14 +59,15 @@ check_targets() {
     for file in "$script" "$unit" "$preset" "$link"; do
         [ ! -d "$file" ] || die "$file is a directory"
         directory=${file%/*}
-        until [ -d "$directory/" ]; do
+        # an absolute link inside DESTDIR leads out of it here
+        until [ -d "$directory/" ] || [ -d "$DESTDIR$(readlink "$directory" || echo /-)" ]; do
             [ ! -L "$directory" ] ||
                 die "$directory is a link to nothing: create its target, or set PREFIX=/usr"
             directory=${directory%/*}
         done
         case $(readlink -f -- "$directory/")/ in
             "$DESTDIR"/*) ;;
-            *) die "$directory leads out of DESTDIR through a symlink" ;;
+            *) die "$directory leads out of DESTDIR through a symlink (for /usr/local: set PREFIX=/usr)" ;;
         esac
     done
 }
@@ -102,8 +101,7 @@ print("fit")'
 check_python() {
     set -- "$PYTHON" -I -S -B -c "$PROBE" "$PYTHON" "$PREFIX/sbin/$SCRIPT"
     [ -z "$DESTDIR" ] || set -- chroot "$DESTDIR" "$@"
-    status=0
-    answer=$("$@" 2>&1 <"$here/$SCRIPT") || status=$?
+    answer=$("$@" 2>&1 <"$here/$SCRIPT") && status=0 || status=$?
     answer=$(printf '%s\n' "$answer" | tail -n 1 | tr -d '[:cntrl:]')
     case ${DESTDIR:+tree}:$status:$answer in
         *:0:fit) ;;
@@ -114,12 +112,13 @@ check_python() {
     esac
 }
 
+remove_new() { rm -f "$@" "$script.new" "$unit.new" "$preset.new" "$link.new"; }
 # All files are complete before the first gets its name, and what enables the unit comes last: no
 # VM runs a part of this, wherever it fails.
 install_files() {
-    trap 'rm -f "$script.new" "$unit.new" "$preset.new" "$link.new"; die "failed"' EXIT
+    trap 'remove_new; die "failed"' EXIT
     trap 'exit 1' HUP INT QUIT TERM
-    rm -f "$script.new" "$unit.new" "$preset.new" "$link.new" # or a link there would be followed
+    remove_new # or a link there would be followed
     mkdir -p "${script%/*}" "${unit%/*}" "${preset%/*}" "${link%/*}"
     cp "$here/$SCRIPT" "$script.new"
     chmod 0755 "$script.new"
@@ -131,8 +130,7 @@ install_files() {
     mv -f "$script.new" "$script"
     mv -f "$unit.new" "$unit"
     mv -f "$preset.new" "$preset"
-    [ "$enable" = disable ] || mv -f "$link.new" "$link"
-    rm -f "$link.new"
+    if [ "$enable" = enable ]; then mv -f "$link.new" "$link"; else rm -f "$link.new"; fi
     trap - EXIT HUP INT QUIT TERM
 }
 
@@ -144,11 +142,12 @@ case $#:${1:-} in
     1:--help | 1:-h) usage && exit ;;
     *) die "one option at most, and not: $* (see --help)" 2 ;;
 esac
+case $(readlink -f -- "$0") in */install.sh) ;; *) die "run it as ./install.sh (see --help)" 2 ;; esac
 here=$(dirname -- "$(readlink -f -- "$0")")
 check_variables
 check_targets
 if [ "$uninstall" = yes ]; then
-    rm -f "$link" "$preset" "$unit" "$script"
+    remove_new "$link" "$preset" "$unit" "$script"
     next="Removed $script and $unit."
 else
     check_systemd

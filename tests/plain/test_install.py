@@ -53,6 +53,7 @@ REFUSED: Tuple[Tuple[Dict[str, str], Dict[str, str], str], ...] = (
     ({UNIT_PATH: "-> ../../../dev/null"}, {}, f"the unit is masked: delete .*/{UNIT}"),
     ({"usr/lib/systemd/systemd": "-> "}, {}, "there is no systemd"),
     ({"usr/local": "-> ../var/usrlocal"}, {}, "link to nothing: create its target, or set PREFIX="),
+    ({"usr/local": "-> /azure/test", "azure/test/a": ""}, {}, "leads out of .*: set PREFIX=/usr"),
     ({}, {"PYTHON": "/usr/bin/missing"}, f"/usr/bin/missing {UNFIT}"),
     ({PYTHON: "#!/bin/sh\necho GNU bash"}, {}, f"{UNFIT}GNU bash"),
     ({PYTHON: HIDING}, {}, f"{UNFIT}.*http.client"),
@@ -67,7 +68,12 @@ class InstallTest(unittest.TestCase):
         self.addCleanup(shutil.rmtree, str(self.directory))
         self.tree = self.directory / "an image"
         self.shell = SHELLS[0]
-        self.installer = str(INSTALLER)
+        text = INSTALLER.read_text(encoding="utf-8")
+        # with the test's tools before the system's
+        text = text.replace('"PATH=', f'"PATH={self.directory}/tools:')
+        self.installer = str(self.write("../clone/install.sh", text))
+        for file in (SCRIPT, UNIT_FILE):
+            self.write(f"../clone/{file.name}", f"-> {file}")
         self.new_tree()
         # A chroot that needs no root: it runs what is in the tree.
         self.tool("chroot", 'root=$1; shift; program=$1; shift; "$root$program" "$@"')
@@ -99,7 +105,7 @@ class InstallTest(unittest.TestCase):
         """Run the installer with the environment VARIABLES, after the shell command BEFORE."""
         variables = {"DESTDIR": self.tree, **variables}
         environment = {name: str(value) for name, value in variables.items() if value is not None}
-        environment["PATH"] = f"{self.directory}/tools:{os.environ['PATH']}:/usr/sbin:/sbin"
+        environment["PATH"] = f"{self.directory}/bin:{os.environ['PATH']}"
         before = f'{before}\nexec "$@"'
         command = ["/bin/sh", "-c", before, "sh", *self.shell, self.installer, *arguments]
         process = subprocess.run(command, stdin=-3, stdout=-1, stderr=-1, env=environment)
@@ -180,7 +186,7 @@ class InstallTest(unittest.TestCase):
         for name in ("re", "socket", "argparse", "sitecustomize"):
             self.write(f"{trap}/{name}.py", "raise SystemExit('ran')\n")
         clone.mkdir()
-        for file in (INSTALLER, SCRIPT, UNIT_FILE):
+        for file in (self.installer, SCRIPT, UNIT_FILE):
             shutil.copy(str(file), str(clone))
         self.write(f"{trap}/link", "-> ../a clone/install.sh")
         self.installer = "./link"
@@ -217,6 +223,18 @@ class InstallTest(unittest.TestCase):
         self.succeed()
         after = {name: file for name, file in expected.items() if not name.endswith(".new")}
         self.assertEqual(self.files(), after)
+        for name in INSTALLED:
+            self.write(f"{name}.new", "")
+        self.write("../bin/rm", "#!/bin/sh\nexit 1\n")  # the system's tools come first
+        self.installer = str(INSTALLER)
+        self.succeed("--uninstall")
+        self.assertEqual(set(after) - set(self.files()), {*INSTALLED})
+
+    def test_refuses_to_be_read_from_standard_input(self) -> None:
+        for name in ("install.sh", "sh"):  # there may be files of these names
+            self.write(f"../{name}", "")
+        self.shell = ["sh", "-c", f"cd '{self.directory}'; exec sh <'{self.installer}'"]
+        self.refused("run it as ./install.sh \\(see --help\\)")
 
     def test_python_that_cannot_run_here_is_a_warning(self) -> None:
         for status, error in (
