@@ -256,7 +256,11 @@ def main(arguments: List[str]) -> int:
     if not os.path.isdir(os.path.join(tree, "usr")):
         parser.error(f"{tree!a} has no usr directory: it is not the root of an image")
     found = problems(tree)
-    print("\n".join(found) or f"Nothing was found in {tree!a}.{rehearsal_note(ImageFiles(tree))}")
+    text = "\n".join(found) or f"Nothing was found in {tree!a}.{rehearsal_note(ImageFiles(tree))}"
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 1 if found else 0
 
 

@@ -311,6 +311,12 @@ class CheckTest(unittest.TestCase):
         self.tree(NETWORKD, {"usr/bin/python3": "", NETWORK: "", f"{WANTS}/{UNIT}": ""})
         status, output = self.run_check(str(self.root))
         self.assertEqual((status, len(output.splitlines())), (1, 3))
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "tests.check", str(self.root)]
+        done = subprocess.run(command, stdout=writer, stderr=-1, cwd=str(ROOT))
+        os.close(writer)
+        self.assertEqual((done.returncode, done.stderr), (1, b""))
         for argument, says in (
             (str(ROOT / "install.sh"), "mount a disk image: systemd-dissect --mount"),
             (str(self.directory), "has no usr directory"),
