@@ -50,8 +50,10 @@ def installation(image: ImageFiles) -> Iterator[str]:
     if image.off(UNIT):
         yield f"{file}: {image.off(UNIT)}, as on a provisioned VM, so no VM reports Ready: {AGAIN}"
     if not image.default_target:
-        target = "/etc/systemd/system/default.target"
-        yield f"{target}: does not start multi-user.target, so no VM reports Ready: delete it"
+        target = image.unit_file("default.target")
+        fix = "delete it" if target.startswith("/etc/") else "link it to multi-user.target"
+        target = target or "/etc/systemd/system/default.target"
+        yield f"{target}: does not start multi-user.target, so no VM reports Ready: {fix}"
     for drop_in in image.layered(f"systemd/system/{UNIT}.d/*.conf"):
         yield f"{drop_in}: changes the unit, which may then fail: delete it"
     exec_start = r"(?m)^ExecStart=(\S+)( .*)? (\S+)$"  # PYTHON and PREFIX are of one's own choice

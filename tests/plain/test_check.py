@@ -161,6 +161,8 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
 BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, {SYSTEM_UNIT: "", f"{WANTS}/{UNIT}": ""}, f"missing, {READY}: run install.sh"),
     (NETWORKD, {SYSTEM_UNIT: "[Service]\nExecStart=/bin/true\n"}, "not this version's"),
+    (NETWORKD, {f"{LIB}/default.target": "-> a.target", f"{LIB}/a.target": HERE}, "link it to"),
+    (NETWORKD, {f"{SYSTEM}/default.target": HERE}, "delete it"),
     (NETWORKD, {SCRIPT_PATH: "old"}, "not this version's"),
     (NETWORKD, {SCRIPT_PATH: ""}, f"missing, {READY}"),
     (NETWORKD, {f"{SYSTEM_UNIT}.d/a.conf": "[Unit]\n"}, "changes the unit"),
