@@ -73,9 +73,12 @@ def programs(image: ImageFiles, python: str, script: str) -> Iterator[str]:
         yield f"{script}: is not this version's, so it was not tested: {AGAIN}"
     real = image.resolve(python)
     version = re.search(r"3\.\d+$", real)
+    too_old = re.search(r"python(2|3\.[0-5]$)", real)
     prefix = os.path.dirname(os.path.dirname(real))
     if not image.stat(python) & 0o111:
         yield f"{python}: no such program, {fails}: install python3"
+    elif too_old:
+        yield f"{python}: is {real}, {fails}: install Python 3.6 or newer"
     elif version:
         places = [f"{prefix}/{lib}/python{version.group()}" for lib in ("lib", "lib64")]
         library = next((place for place in places if image.stat(f"{place}/os.py")), None)
@@ -153,10 +156,9 @@ def dhcp_name(image: ImageFiles) -> Iterator[str]:
     for config in configurations(image):
         if config.hostname and config.fits(ETH0) and not config.off:
             yield f"{config.file}: {config.hostname}, {lost}"
-    for word in image.command_line:
-        if word.startswith("systemd.hostname="):
-            name = f"{image.boot_loaders[0]}: {word}"
-            yield f"{name} is the name of every VM from its second boot on: delete it"
+    for file, line in image.boot_loaders:
+        for word in re.findall(r"(?<!\S)systemd\.hostname=\S*", line):
+            yield f"{file}: {word} is the name of every VM from its second boot on: delete it"
 
 
 def identities(image: ImageFiles) -> Iterator[str]:
@@ -216,7 +218,7 @@ def boots(image: ImageFiles) -> Iterator[str]:
     arm = image.exists("/lib/ld-linux-aarch64.so.1")
     console = "console=ttyAMA0" if arm else "console=ttyS0"
     if image.boot_loaders and not any(w.startswith(console) for w in image.command_line):
-        file = image.boot_loaders[0]
+        file = image.boot_loaders[0][0]
         yield (
             f"{file}: without {console} Azure's boot diagnostics stay empty: add it to the kernel "
             "command line (and net.ifnames=0: a rehearsal then has eth0, as Azure has)"

@@ -98,9 +98,12 @@ class ImageFiles:
             lines = self.command_lines(patterns.split())
             if lines:
                 break
-        self.boot_loaders = [file for file, _ in lines]
+        self.boot_loaders = lines
         self.command_line = " ".join(line for _, line in lines).split()
-        rights = [w for w in "".join(line for _, line in lines[:1]).split() if w in ("ro", "rw")]
+        first = " ".join(line for _, line in lines[:1])
+        if first and patterns is BOOT_LOADERS[-1]:  # grub-mkconfig puts `ro` before both variables
+            first = " ".join(["ro", *self.command_line])
+        rights = [word for word in first.split() if word in ("ro", "rw")]
         self.by_preset = self.start(presets=self.first_boot)
         read_only = rights[-1:] == ["ro"]
         self.started = self.start(presets=False) if read_only else self.by_preset

@@ -27,6 +27,7 @@ NM_CONF, RULES = "etc/NetworkManager/conf.d/a.conf", "etc/udev/rules.d/70-a.rule
 IFCFG, SUSE = "etc/sysconfig/network-scripts/ifcfg-eth0", "etc/sysconfig/network/ifcfg-eth0"
 INTERFACES, GENERATOR = "etc/network/interfaces", "usr/lib/systemd/system-generators/netplan"
 GRUB, MODULES = "boot/grub/grub.cfg", "usr/lib/modules/6.1/modules."
+PYTHON, ENTRIES = "etc/alternatives/python3", "boot/loader/entries"
 HERE, MAC = "# only a comment\n", "00:22:48:AA:bb:cc"
 RULE = 'DRIVERS=="mana", ENV{ID_NET_MANAGED_BY}="unmanaged", ENV{NM_UNMANAGED}="1"\n'
 
@@ -44,7 +45,7 @@ SYSTEMD: Files = {
     "lib": "-> usr/lib",
     "etc/machine-id": "\n",
     "usr/bin/python3": "-> /etc/alternatives/python3",
-    "etc/alternatives/python3": "-> /usr/bin/python3.9",
+    PYTHON: "-> /usr/bin/python3.9",
     "usr/bin/python3.9": "#!",
     **dict.fromkeys((f"{LIBRARY}/{name}.py" for name in ("os", "http/client")), HERE),
     f"{LIBRARY}/xml/etree/ElementTree.py": HERE,
@@ -89,7 +90,7 @@ RHEL: Files = {
     **service("sshd.service", "/usr/sbin/sshd -D", "Wants=sshd-keygen.target"),
     f"{LIB}/sshd-keygen.target": "[Unit]\nWants=sshd-keygen@rsa.service\n",
     f"{LIB}/sshd-keygen@.service": "[Service]\nExecStart=/usr/libexec/openssh/sshd-keygen %i\n",
-    "boot/loader/entries/a.conf": "linux /vmlinuz\noptions root=/dev/sda ro console=ttyS0,115200\n",
+    f"{ENTRIES}/a.conf": "linux /vmlinuz\noptions root=/dev/sda ro console=ttyS0,115200\n",
     "boot/grub2/grub.cfg": "blscfg\n",
 }
 RHEL_8: Files = {**RHEL, PROFILE: "", IFCFG: 'DEVICE=eth0\nBOOTPROTO="dhcp" # all\nONBOOT=yes\n'}
@@ -129,6 +130,7 @@ NO_KEYS = {**RHEL, **RC_LOCAL, f"{LIB}/sshd-keygen@.service": ""}
 KEYGEN = "test -e /a ||\\\n dpkg-reconfigure -f noninteractive openssh-server\n"
 SHARED_LIB = "usr/lib/systemd/libsystemd-shared"
 DEVICE = "[device-a]\nmatch-device=%s\nmanaged=0\n"
+DEFAULT_GRUB = {"etc/default/grub": "GRUB_CMDLINE_LINUX=console=ttyS0\nGRUB_TIMEOUT=1\n"}
 IDLE = ("Unmanaged=True", "ActivationPolicy=manual", "ActivationPolicy=down")
 REPORTS = {
     f"opt/{name}": f"{start}curl 168.63.129.16/machine?comp=health"
@@ -149,6 +151,7 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (NETWORKD, {"etc/systemd/network/05.network": "[Network]\nAddress=10.0.0.4/24\n"}),
     (NETWORKD, {NETPLAN: "network: {ethernets: {eth0: {dhcp4: false}}}\n"}),
     (NETWORKD, {RULES: f'# ATTR{{address}}=="{MAC}", NAME="eth0"\n'}),
+    (NETWORKD_BY_PRESET, {"etc/default/grub": 'GRUB_CMDLINE_LINUX="rw console=ttyS0"\n'}),
     (NETWORKD, {**match("Name=e*"), RULES: RULE}),
     (RHEL, {NM_CONF: DEVICE % "driver:mlx5_core;driver:mana", RULES: ""}),
     (NETWORKD, {**match("Name=e*"), RULES: RULE, f"{SHARED_LIB}-255.4-1.fc40.so": "-"}),
@@ -163,6 +166,13 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, {SYSTEM_UNIT: "[Service]\nExecStart=/bin/true\n"}, "not this version's"),
     (NETWORKD, {f"{LIB}/default.target": "-> a.target", f"{LIB}/a.target": HERE}, "link it to"),
     (NETWORKD, {f"{SYSTEM}/default.target": HERE}, "delete it"),
+    (
+        NETWORKD,
+        {PYTHON: "-> /usr/bin/python3.5", "usr/bin/python3.5": "#!"},
+        "3.6 or newer",
+        "usr/bin/python3",
+    ),
+    (RHEL, {f"{ENTRIES}/b.conf": "options ro systemd.hostname=a\n"}, "systemd.hostname=a is"),
     (NETWORKD, {SCRIPT_PATH: "old"}, "not this version's"),
     (NETWORKD, {SCRIPT_PATH: ""}, f"missing, {READY}"),
     (NETWORKD, {f"{SYSTEM_UNIT}.d/a.conf": "[Unit]\n"}, "changes the unit"),
@@ -182,6 +192,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (UBUNTU, plan("eth0: {dhcp4: on, activation-mode: manual}"), f"activation-mode .*{NONE}"),
     (UBUNTU, plan("a: {match: {name: e*}}, eth0: {dhcp4: true}"), "has no dhcp4: true"),
     (UBUNTU, {"etc/systemd/network/05.network": "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
+    (NETWORKD_BY_PRESET, DEFAULT_GRUB, "only a preset enables", NETWORK),
     (NETWORKD_BY_PRESET, {"etc/machine-id": "\n"}, "networkd.service is not enabled", NETWORK),
     (UBUNTU, {GENERATOR: ""}, f"netplan is not installed: {NONE}", NETPLAN),
     (NETWORKD, {NETWORK: NETWORKD[NETWORK].replace("yes", "IPv4")}, "has no DHCP=yes"),
