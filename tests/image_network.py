@@ -205,7 +205,10 @@ def interface_lines(image: ImageFiles) -> List[Tuple[str, List[str]]]:
         for line in filter(None, map(str.split, image.text_of(file).split("\n"))):
             lines.append((file, line))
             if line[0] in ("source", "source-directory"):
-                sourced = image.list(line[-1] + ("/*" if "-" in line[0] else ""))
+                path = os.path.join(os.path.dirname(file), line[-1])
+                sourced = image.list(path)
+                if line[0] == "source-directory":
+                    sourced = [f for f in image.list(f"{path}/*") if re.search(r"/[\w-]+$", f)]
                 files.extend(other for other in sourced if other not in files)
     return lines
 

@@ -131,6 +131,7 @@ KEYGEN = "test -e /a ||\\\n dpkg-reconfigure -f noninteractive openssh-server\n"
 SHARED_LIB = "usr/lib/systemd/libsystemd-shared"
 DEVICE = "[device-a]\nmatch-device=%s\nmanaged=0\n"
 DEFAULT_GRUB = {"etc/default/grub": "GRUB_CMDLINE_LINUX=console=ttyS0\nGRUB_TIMEOUT=1\n"}
+MORE, STANZA = "etc/network/more", DEBIAN[INTERFACES]
 IDLE = ("Unmanaged=True", "ActivationPolicy=manual", "ActivationPolicy=down")
 REPORTS = {
     f"opt/{name}": f"{start}curl 168.63.129.16/machine?comp=health"
@@ -152,6 +153,8 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (NETWORKD, {NETPLAN: "network: {ethernets: {eth0: {dhcp4: false}}}\n"}),
     (NETWORKD, {RULES: f'# ATTR{{address}}=="{MAC}", NAME="eth0"\n'}),
     (NETWORKD_BY_PRESET, {"etc/default/grub": 'GRUB_CMDLINE_LINUX="rw console=ttyS0"\n'}),
+    (DEBIAN, {INTERFACES: "source-directory more\n", f"{MORE}/a": STANZA}),
+    (DEBIAN, {INTERFACES: "source more/*.cfg\n", f"{MORE}/a.cfg": STANZA}),
     (NETWORKD, {**match("Name=e*"), RULES: RULE}),
     (RHEL, {NM_CONF: DEVICE % "driver:mlx5_core;driver:mana", RULES: ""}),
     (NETWORKD, {**match("Name=e*"), RULES: RULE, f"{SHARED_LIB}-255.4-1.fc40.so": "-"}),
@@ -209,6 +212,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (RHEL_8, {IFCFG: "", f"{IFCFG}.rpmsave": RHEL_8[IFCFG]}, "no profile for eth0", NM_MAIN),
     (RHEL, {PROFILE: f"{RHEL[PROFILE]}# 0644"}, "chmod 600"),
     (RHEL, {NM_CONF: UNMANAGED}, NONE, PROFILE),
+    (DEBIAN, {INTERFACES: "source-directory more\n", f"{MORE}/a.bak": STANZA}, NONE, "etc"),
     (RHEL, {NM_CONF: DEVICE % "interface-name:eth*;driver:veth"}, NONE, PROFILE),
     (SLES, {SUSE: "BOOTPROTO=dhcp\nSTARTMODE=manual\n"}, NONE),
     (NETWORKD, match("Name=eth0", f"[Link]\nMACAddress={MAC}"), ONE_MAC),
