@@ -70,6 +70,7 @@ def variables(text: str) -> Dict[str, str]:
 def yaml(text: str) -> Settings:
     """The values of each "key/key/key" in netplan's subset of YAML, in blocks or in braces."""
     found: Settings = {}
+    anchors: Dict[str, str] = {}  # &name: where it is
     keys: List[Tuple[int, str]] = []  # those around what is read, each with its depth
     braces = 0
     for line in text.split("\n"):
@@ -79,8 +80,16 @@ def yaml(text: str) -> Settings:
             if token.group(2):  # a key ends those that are as deep
                 depth = 1000 * braces or token.start()
                 keys = [*(key for key in keys if key[0] < depth), (depth, word)][:9]
-            values = found.setdefault("/".join(key for _, key in keys), [])
-            values += [] if token.group(2) or word in "{}-" else [word]
+            here = "/".join(key for _, key in keys)
+            values = found.setdefault(here, [])
+            if word[:1] == "&":
+                anchors[word[1:]] = here
+            elif token.group(1)[0] == "*":  # an alias: what is at its anchor is here, too
+                anchor, here = anchors.get(word[1:], "/"), here.replace("/<<", "")
+                for key in [k for k in found if f"{k}/".startswith(f"{anchor}/")]:
+                    found.setdefault(here + key[len(anchor) :], []).extend(found[key])
+            elif word[:1] != "!" and not token.group(2) and word not in "{}-":
+                values.append(word)
     return found
 
 
