@@ -82,13 +82,15 @@ def yaml(text: str) -> Settings:
                 keys = [*(key for key in keys if key[0] < depth), (depth, word)][:9]
             here = "/".join(key for _, key in keys)
             values = found.setdefault(here, [])
-            if word[:1] == "&":
+            kind = token.group(1)[0]
+            if kind == "&":
                 anchors[word[1:]] = here
-            elif token.group(1)[0] == "*":  # an alias: what is at its anchor is here, too
+            elif kind == "*" and len(found) < MAX_FILES:  # what is at its anchor is here, too
                 anchor, here = anchors.get(word[1:], "/"), here.replace("/<<", "")
                 for key in [k for k in found if f"{k}/".startswith(f"{anchor}/")]:
-                    found.setdefault(here + key[len(anchor) :], []).extend(found[key])
-            elif word[:1] != "!" and not token.group(2) and word not in "{}-":
+                    copied = found.setdefault(here + key[len(anchor) :], [])
+                    copied += [value for value in found[key] if value not in copied]
+            elif kind != "!" and not token.group(2) and word not in "{}-":
                 values.append(word)
     return found
 
