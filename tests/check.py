@@ -21,7 +21,10 @@ AGAIN = "run install.sh again"
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # by the sandbox, or cleaned at boot
 MODULES = ("http/client.py", "xml/etree/ElementTree.py")  # not in Debian's python3-minimal
 MAC = r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}"
-FOR_MAC = rf"(?mi)address\}}==\"{MAC}|^(Permanent)?MACAddress[ \t]*=[ \t]*{MAC}[^\[]*^\[Link\]"
+NAMES_MAC = (
+    rf"(?mi)address\}}==\"{MAC}.*NAME|"
+    rf"^(Permanent)?MACAddress[ \t]*=[ \t]*{MAC}[^\[]*^\[Link\][^\[]*^Name[ \t]*="
+)
 # Files that give a device a MAC address of their own, and how.
 SETS_MAC = (
     ("systemd/network/*.*", r"\[Link\][^\[]*\n[ \t]*MACAddress[ \t]*="),
@@ -116,7 +119,7 @@ def mac_address(image: ImageFiles) -> Iterator[str]:
     """No VM gets the builder's MAC address: Azure drops what comes from another than its own."""
     said = "gives every VM one MAC address, whose packets Azure drops: delete that line"
     for file in image.layered("udev/rules.d/*.rules") + image.layered("systemd/network/*.link"):
-        if re.search(FOR_MAC, image.text_of(file)):
+        if re.search(NAMES_MAC, image.text_of(file)):
             yield f"{file}: names the interface of one MAC address, the builder's: delete it"
     for pattern, setting in SETS_MAC:
         for file in image.layered(pattern):

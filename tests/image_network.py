@@ -9,6 +9,7 @@ from tests.image_files import ImageFiles, Settings, last, no, settings, variable
 
 NETWORKD, MANAGER = "systemd-networkd.service", "NetworkManager.service"
 MANAGER_CONF = "/etc/NetworkManager/NetworkManager.conf"
+GENERATOR = "systemd/system-generators/netplan"
 NETWORK_SCRIPTS = "/etc/sysconfig/network-scripts/"
 BACKUP = r"(~|\.(bak|orig|rpmsave|rpmnew))$"  # names of files that are not read
 # What systemd knows in a [Match] section; a file without any of them is ignored.
@@ -76,7 +77,7 @@ def networkd_files(image: ImageFiles) -> Iterator[Config]:
         sent = [last(found, f"DHCP.{n}", f"DHCPv4.{n}") for n in ("SendHostname", "Hostname")]
         dhcp = last(found, "Network.DHCP")
         dhcp_on = yes(dhcp) or dhcp in ("both", "ipv4", "v4")
-        off = image.off(NETWORKD) if dhcp_on else "has no DHCP=yes"
+        off = networkd_off(image) if dhcp_on else "has no DHCP=yes"
         policy = last(found, "Link.ActivationPolicy")
         if yes(last(found, "Link.Unmanaged")) or policy in ("manual", "down", "always-down"):
             off = "leaves the interface down or alone (Unmanaged=, ActivationPolicy=)"
@@ -96,19 +97,23 @@ def netplan_files(image: ImageFiles) -> Tuple[Settings, Dict[str, str]]:
     return found, files
 
 
+def networkd_off(image: ImageFiles) -> str:
+    """Why it does not start; netplan's generator starts it, unless it is masked."""
+    off = image.off(NETWORKD)
+    by_netplan = image.layered(GENERATOR) and netplan_files(image)[1]
+    return "" if by_netplan and not off.endswith("masked") else off
+
+
 def netplan(image: ImageFiles) -> Iterator[Tuple[str, Config]]:
-    """Its definitions by name. Its generator starts systemd-networkd, unless that is masked."""
+    """Its definitions, by name."""
     found, files = netplan_files(image)
-    generator = image.layered("systemd/system-generators/netplan")
     for name, file in files.items():
         key = f"network/ethernets/{name}"
         renderer = last(found, "network/renderer", f"{key}/renderer")
         service = MANAGER if renderer == "NetworkManager" else NETWORKD
-        off = image.off(service)
-        if not generator:
+        off = image.off(MANAGER) if service == MANAGER else networkd_off(image)
+        if not image.layered(GENERATOR):
             off, service = "netplan is not installed", ""
-        elif service == NETWORKD and not off.endswith("masked"):
-            off = ""
         off = off if yes(last(found, f"{key}/dhcp4")) else "has no dhcp4: true"
         if last(found, f"{key}/activation-mode") in ("manual", "off"):
             off = "has an activation-mode that leaves it down"
@@ -147,7 +152,9 @@ def unmanaged_by_manager(image: ImageFiles, device: Tuple[str, str]) -> bool:
 def network_manager(image: ImageFiles) -> Iterator[Config]:
     """Profiles; and a device without one gets DHCP, unless told otherwise."""
     conf, off = manager_conf(image), image.off(MANAGER)
-    profile = any(c.fits(ETH0) for c in ifcfg(image) if c.file.startswith(NETWORK_SCRIPTS))
+    others = [config for config in ifcfg(image) if config.file.startswith(NETWORK_SCRIPTS)]
+    others += [config for _, config in netplan(image) if config.service == MANAGER]
+    profile = any(config.fits(ETH0) for config in others)
     if unmanaged_by_manager(image, ETH0):
         off = off or "NetworkManager is told not to manage eth0"
     profiles = "NetworkManager/system-connections/*"

@@ -20,8 +20,10 @@ SYSTEM, LIB = "etc/systemd/system", "usr/lib/systemd/system"
 WANTS, SYSTEM_UNIT = f"{SYSTEM}/multi-user.target.wants", f"{SYSTEM}/{UNIT}"
 SCRIPT_PATH, LIBRARY = "usr/local/sbin/azure_provision.py", "usr/lib64/python3.9"
 NETWORK, NETPLAN = "etc/systemd/network/10-a.network", "etc/netplan/a.yaml"
+FIRST, LINK = "etc/systemd/network/05.network", "etc/systemd/network/a.link"
+NM, NM_MAIN = "NetworkManager.service", "etc/NetworkManager/NetworkManager.conf"
 PROFILE = "etc/NetworkManager/system-connections/Wired connection 1.nmconnection"
-NM_MAIN = "etc/NetworkManager/NetworkManager.conf"
+
 DEFAULT = "usr/lib/NetworkManager/conf.d/00-server.conf"
 NM_CONF, RULES = "etc/NetworkManager/conf.d/a.conf", "etc/udev/rules.d/70-a.rules"
 IFCFG, SUSE = "etc/sysconfig/network-scripts/ifcfg-eth0", "etc/sysconfig/network/ifcfg-eth0"
@@ -82,7 +84,7 @@ UBUNTU: Files = {
     "var/lib/dbus/machine-id": "-> /etc/machine-id",
 }
 RHEL: Files = {
-    **service("NetworkManager.service"),
+    **service(NM),
     PROFILE: "[connection]\ntype=ethernet\n[ipv4]\nmethod=auto\n",
     DEFAULT: "[main]\nno-auto-default=*\n",
     NM_CONF: "[keyfile]\nunmanaged-devices=*,except:type:ethernet\n",
@@ -133,24 +135,20 @@ DEVICE = "[device-a]\nmatch-device=%s\nmanaged=0\n"
 DEFAULT_GRUB = {"etc/default/grub": "GRUB_CMDLINE_LINUX=console=ttyS0\nGRUB_TIMEOUT=1\n"}
 MORE, STANZA = "etc/network/more", DEBIAN[INTERFACES]
 IDLE = ("Unmanaged=True", "ActivationPolicy=manual", "ActivationPolicy=down")
-REPORTS = {
-    f"opt/{name}": f"{start}curl 168.63.129.16/machine?comp=health"
-    for name, start in (("a", "#!/bin/sh\n"), ("a.py", ""))
-}
+REPORTS = {"opt/a": "curl 168.63.129.16/machine?comp=health"}
 
 # A distribution, and what does not break it.
 ALSO_SOUND: List[Tuple[Files, Files]] = [
-    *(
-        (UBUNTU, {NETPLAN: f"{start}\n{UBUNTU[NETPLAN]}"})
-        for start in ("---", "%YAML 1.1\n--- # a")
-    ),
+    (UBUNTU, {NETPLAN: f"---\n{UBUNTU[NETPLAN]}"}),
+    (UBUNTU, {NETPLAN: f"%YAML 1.1\n--- # a\n{UBUNTU[NETPLAN]}"}),
     *((UBUNTU, plan(f"eth0: {{dhcp4: {yes}}}")) for yes in ("True", "Yes", "On", "YES")),
     (NETWORKD, {NETWORK: NETWORKD[NETWORK].replace("yes", "Yes")}),
     (NO_KEYS, {"etc/rc.local": f"#!/bin/sh\n{KEYGEN}"}),
     (NO_KEYS, {"etc/rc.local": "#!/bin/sh\nssh-keygen -A\n"}),
     (NO_KEYS, {**service("a.service", "/bin/sh /opt/keys"), "opt/keys": KEYGEN}),
-    (NETWORKD, {"etc/systemd/network/05.network": "[Network]\nAddress=10.0.0.4/24\n"}),
-    (NETWORKD, {NETPLAN: "network: {ethernets: {eth0: {dhcp4: false}}}\n"}),
+    (NETWORKD, {FIRST: "[Network]\nAddress=10.0.0.4/24\n"}),
+    (NETWORKD, plan("eth0: {dhcp4: false}")),
+    (UBUNTU, {FIRST: NETWORKD[NETWORK]}),
     (NETWORKD, {RULES: f'# ATTR{{address}}=="{MAC}", NAME="eth0"\n'}),
     (NETWORKD_BY_PRESET, {"etc/default/grub": 'GRUB_CMDLINE_LINUX="rw console=ttyS0"\n'}),
     (DEBIAN, {INTERFACES: "source-directory more\n", f"{MORE}/a": STANZA}),
@@ -172,12 +170,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, {SYSTEM_UNIT: "[Service]\nExecStart=/bin/true\n"}, "not this version's"),
     (NETWORKD, {f"{LIB}/default.target": "-> a.target", f"{LIB}/a.target": HERE}, "link it to"),
     (NETWORKD, {f"{SYSTEM}/default.target": HERE}, "delete it"),
-    (
-        NETWORKD,
-        {PYTHON: "-> /usr/bin/python3.5", "usr/bin/python3.5": "#!"},
-        "3.6 or newer",
-        "usr/bin/python3",
-    ),
+    (NETWORKD, {PYTHON: "-> python3.5", f"{PYTHON}.5": "#!"}, "3.6 or newer", "usr/bin/python3"),
     (RHEL, {f"{ENTRIES}/b.conf": "options ro systemd.hostname=a\n"}, "systemd.hostname=a is"),
     (NETWORKD, {SCRIPT_PATH: "old"}, "not this version's"),
     (NETWORKD, {SCRIPT_PATH: ""}, f"missing, {READY}"),
@@ -192,14 +185,15 @@ BROKEN: List[Tuple[Any, ...]] = [
     (RHEL_8, {IFCFG: f"HWADDR={MAC}\nBOOTPROTO=dhcp\n"}, "is for HWADDR="),
     (SLES, {SUSE.replace("eth0", "ens3"): "BOOTPROTO=dhcp\n", SUSE: ""}, "is for ens3"),
     (NETWORKD, {NETWORK: "[Match]\nName=e*\n[Network]\nAddress=10.0.0.4/24\n"}, "has no DHCP=yes"),
-    (NETWORKD, {"etc/systemd/network/05.network": "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
+    (NETWORKD, {FIRST: "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
     *((NETWORKD, match("Name=eth0", f"[Link]\n{idle}"), f"leaves .*{NONE}") for idle in IDLE),
     (NETWORKD, match("Interface=eth0"), f"Match. says nothing .*{NONE}"),
     (UBUNTU, plan("a: &a {match: {name: a}}, eth0: {<<: *a, dhcp4: true}"), "is for a"),
     (UBUNTU, plan("a: {match: {name: '!eth*'}, dhcp4: yes}"), r"is for !eth\*"),
     (UBUNTU, plan("eth0: {dhcp4: on, activation-mode: manual}"), f"activation-mode .*{NONE}"),
     (UBUNTU, plan("a: {match: {name: e*}}, eth0: {dhcp4: true}"), "has no dhcp4: true"),
-    (UBUNTU, {"etc/systemd/network/05.network": "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
+    (UBUNTU, {**service(NM), **plan("eth0: {renderer: NetworkManager}")}, "has no dhcp4", NETPLAN),
+    (UBUNTU, {FIRST: "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
     (NETWORKD_BY_PRESET, DEFAULT_GRUB, "only a preset enables", NETWORK),
     (NETWORKD_BY_PRESET, {"etc/machine-id": "\n"}, "networkd.service is not enabled", NETWORK),
     (UBUNTU, {GENERATOR: ""}, f"netplan is not installed: {NONE}", NETPLAN),
@@ -223,7 +217,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, match("Name=eth0", f"[Link]\nMACAddress={MAC}"), ONE_MAC),
     (UBUNTU, plan(f"eth0: {{dhcp4: true, macaddress: {MAC}}}"), ONE_MAC),
     (NETWORKD, {RULES: f'ATTR{{address}}=="{MAC}", NAME="eth0"\n'}, "the builder's"),
-    (NETWORKD, {f"{SYSTEM[:-6]}network/a.link": f"[Match]\nMACAddress={MAC}\n[Link]\n"}, "builder"),
+    (NETWORKD, {LINK: f"[Match]\nMACAddress={MAC}\n[Link]\nName=a\n"}, "the builder's"),
     (RHEL, profile("", f"[ethernet]\ncloned-mac-address={MAC}"), ONE_MAC),
     (RHEL_8, {IFCFG: f"{RHEL_8[IFCFG]}MACADDR={MAC}\n"}, ONE_MAC),
     (DEBIAN, {INTERFACES: f"{DEBIAN[INTERFACES]} hwaddress ether {MAC}\n"}, ONE_MAC),
@@ -239,8 +233,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (RHEL, {"var/lib/dbus/machine-id": "0" * 32}, SHARED),
     (NETWORKD, service("azure-init.service"), "mask azure-init.service"),
     (NETWORKD, service("afterburn-checkin.service"), "mask afterburn-checkin.service"),
-    (NETWORKD, {**service("a.service", "/opt/a"), **REPORTS}, "mask a.service"),
-    (NETWORKD, {**service("a.service", "/usr/bin/python3 -I /opt/a.py"), **REPORTS}, "mask a.ser"),
+    (NETWORKD, {**service("a.service", "/usr/bin/python3 -I /opt/a"), **REPORTS}, "mask a.service"),
     (NO_KEYS, {"etc/rc.local": KEYGEN}, "nobody can log in", f"{LIB}/sshd.service"),
     (NO_KEYS, {"etc/rc.local": "#!/bin/sh\n# ssh-keygen\n"}, "nobody", f"{LIB}/sshd.service"),
     (UBUNTU, {f"{MODULES}builtin": ""}, "no nvme", f"{MODULES}dep"),
