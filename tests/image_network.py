@@ -9,6 +9,7 @@ from tests.image_files import ImageFiles, Settings, last, no, settings, variable
 
 NETWORKD, MANAGER = "systemd-networkd.service", "NetworkManager.service"
 MANAGER_CONF = "/etc/NetworkManager/NetworkManager.conf"
+FIXED = "a fixed address, no DHCP=yes"
 GENERATOR = "systemd/system-generators/netplan"
 NETWORK_SCRIPTS = "/etc/sysconfig/network-scripts/"
 BACKUP = r"(~|\.(bak|orig|rpmsave|rpmnew))$"  # names of files that are not read
@@ -77,7 +78,8 @@ def networkd_files(image: ImageFiles) -> Iterator[Config]:
         sent = [last(found, f"DHCP.{n}", f"DHCPv4.{n}") for n in ("SendHostname", "Hostname")]
         dhcp = last(found, "Network.DHCP")
         dhcp_on = yes(dhcp) or dhcp in ("both", "ipv4", "v4")
-        off = networkd_off(image) if dhcp_on else "has no DHCP=yes"
+        fixed = "Network.Address" in found or "Address.Address" in found
+        off = networkd_off(image) if dhcp_on else f"has {FIXED if fixed else 'no DHCP=yes'}"
         policy = last(found, "Link.ActivationPolicy")
         if yes(last(found, "Link.Unmanaged")) or policy in ("manual", "down", "always-down"):
             off = "leaves the interface down or alone (Unmanaged=, ActivationPolicy=)"
@@ -155,6 +157,9 @@ def network_manager(image: ImageFiles) -> Iterator[Config]:
     others = [config for config in ifcfg(image) if config.file.startswith(NETWORK_SCRIPTS)]
     others += [config for _, config in netplan(image) if config.service == MANAGER]
     profile = any(config.fits(ETH0) for config in others)
+    fixed = any(config.fits(ETH0) and FIXED in config.off for config in networkd(image))
+    if fixed and not networkd_off(image):
+        off = off or "NetworkManager leaves eth0 to systemd-networkd, which is earlier"
     if unmanaged_by_manager(image, ETH0):
         off = off or "NetworkManager is told not to manage eth0"
     profiles = "NetworkManager/system-connections/*"

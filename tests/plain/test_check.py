@@ -134,6 +134,7 @@ SHARED_LIB = "usr/lib/systemd/libsystemd-shared"
 DEVICE = "[device-a]\nmatch-device=%s\nmanaged=0\n"
 DEFAULT_GRUB = {"etc/default/grub": "GRUB_CMDLINE_LINUX=console=ttyS0\nGRUB_TIMEOUT=1\n"}
 MORE, STANZA = "etc/network/more", DEBIAN[INTERFACES]
+STATIC = "[Match]\nName=eth0\n[Network]\nAddress=10.0.0.4/24\n"
 IDLE = ("Unmanaged=True", "ActivationPolicy=manual", "ActivationPolicy=down")
 REPORTS = {"opt/a": "curl 168.63.129.16/machine?comp=health"}
 
@@ -147,6 +148,7 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (NO_KEYS, {"etc/rc.local": "#!/bin/sh\nssh-keygen -A\n"}),
     (NO_KEYS, {**service("a.service", "/bin/sh /opt/keys"), "opt/keys": KEYGEN}),
     (NETWORKD, {FIRST: "[Network]\nAddress=10.0.0.4/24\n"}),
+    (RHEL, {FIRST: STATIC}),  # systemd-networkd is not enabled
     (NETWORKD, plan("eth0: {dhcp4: false}")),
     (UBUNTU, {FIRST: NETWORKD[NETWORK]}),
     (NETWORKD, {RULES: f'# ATTR{{address}}=="{MAC}", NAME="eth0"\n'}),
@@ -184,7 +186,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (RHEL_8, {IFCFG: "DEVICE=ens192\nBOOTPROTO=dhcp\n"}, "is for ens192"),
     (RHEL_8, {IFCFG: f"HWADDR={MAC}\nBOOTPROTO=dhcp\n"}, "is for HWADDR="),
     (SLES, {SUSE.replace("eth0", "ens3"): "BOOTPROTO=dhcp\n", SUSE: ""}, "is for ens3"),
-    (NETWORKD, {NETWORK: "[Match]\nName=e*\n[Network]\nAddress=10.0.0.4/24\n"}, "has no DHCP=yes"),
+    (NETWORKD, {NETWORK: STATIC}, "has a fixed address, no DHCP=yes"),
     (NETWORKD, {FIRST: "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
     *((NETWORKD, match("Name=eth0", f"[Link]\n{idle}"), f"leaves .*{NONE}") for idle in IDLE),
     (NETWORKD, match("Interface=eth0"), f"Match. says nothing .*{NONE}"),
@@ -192,6 +194,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (UBUNTU, plan("a: {match: {name: '!eth*'}, dhcp4: yes}"), r"is for !eth\*"),
     (UBUNTU, plan("eth0: {dhcp4: on, activation-mode: manual}"), f"activation-mode .*{NONE}"),
     (UBUNTU, plan("a: {match: {name: e*}}, eth0: {dhcp4: true}"), "has no dhcp4: true"),
+    (NETWORKD, {FIRST: STATIC, **service(NM)}, f"has a fixed address.*; .*{NONE}"),
     (UBUNTU, {**service(NM), **plan("eth0: {renderer: NetworkManager}")}, "has no dhcp4", NETPLAN),
     (UBUNTU, {FIRST: "[Match]\nName=eth0\n"}, "has no DHCP=yes"),
     (NETWORKD_BY_PRESET, DEFAULT_GRUB, "only a preset enables", NETWORK),
