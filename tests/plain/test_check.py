@@ -149,7 +149,7 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (NO_KEYS, {**service("a.service", "/bin/sh /opt/keys"), "opt/keys": KEYGEN}),
     (NETWORKD, {FIRST: "[Network]\nAddress=10.0.0.4/24\n"}),
     (RHEL, {FIRST: STATIC}),  # systemd-networkd is not enabled
-    (NETWORKD, plan("eth0: {dhcp4: false}")),
+    (NETWORKD, {**plan("eth0: {}"), NETWORK: "", f"{NETWORK[:-12]}20.network": NETWORKD[NETWORK]}),
     (UBUNTU, {FIRST: NETWORKD[NETWORK]}),
     (NETWORKD, {RULES: f'# ATTR{{address}}=="{MAC}", NAME="eth0"\n'}),
     (NETWORKD_BY_PRESET, {"etc/default/grub": 'GRUB_CMDLINE_LINUX="rw console=ttyS0"\n'}),
@@ -160,6 +160,7 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (UBUNTU, plan("a: &a {match: {driver: &d veth}, dhcp4: &y true}, eth0: {dhcp4: *y}")),
     (NETWORKD, {**match("Name=e*"), RULES: RULE}),
     (RHEL, {NM_CONF: DEVICE % "driver:mlx5_core;driver:mana", RULES: ""}),
+    (RHEL, {NM_CONF: DEVICE.replace("0", "1") % "interface-name:eth*"}),
     (NETWORKD, {**match("Name=e*"), RULES: RULE, f"{SHARED_LIB}-255.4-1.fc40.so": "-"}),
     (RHEL, {PROFILE: f"{RHEL[PROFILE]}# 0644", DEFAULT: ""}),
     (RHEL, {f"{PROFILE}.bak": "[connection]\nautoconnect=no\n", PROFILE: "", DEFAULT: ""}),
@@ -263,7 +264,8 @@ class CheckTest(unittest.TestCase):
                 path.symlink_to(content[3:])
             else:
                 path.write_bytes(content.encode())
-                mode = 0o600 if name == PROFILE and "# 0644" not in content else 0o644
+                private = name.startswith(PROFILE) and "# 0644" not in content
+                mode = 0o600 if private else 0o644
                 path.chmod(0o755 if content.startswith("#!") else mode)
         return problems(str(self.root))
 
