@@ -25,8 +25,6 @@ COMMAND_LINE = (
     r"(?mi)^[ \t]*(?:linux\w*[ \t]+\S+|options|append|(?:set )?kernelopts="
     r"|GRUB_CMDLINE_LINUX\w*=)(.*)"
 )
-YES = ("yes", "y", "true", "t", "on", "1")
-NO = ("no", "n", "false", "f", "off", "0")
 YAML_TOKEN = r"(\"[^\"]*\"|'[^']*'|[{}]|(?:[^\s{}\[\],:]|:(?!\s|$))+)(\s*:(?=\s|$))?"
 Settings = Dict[str, List[str]]
 
@@ -55,11 +53,11 @@ def last(found: Settings, *names: str) -> str:
 
 
 def yes(value: str) -> bool:
-    return value.lower() in YES
+    return value.lower() in ("yes", "y", "true", "t", "on", "1")
 
 
 def no(value: Optional[str]) -> bool:
-    return (value or "").lower() in NO
+    return (value or "").lower() in ("no", "n", "false", "f", "off", "0")
 
 
 def variables(text: str) -> Dict[str, str]:

@@ -23,7 +23,6 @@ NETWORK, NETPLAN = "etc/systemd/network/10-a.network", "etc/netplan/a.yaml"
 FIRST, LINK = "etc/systemd/network/05.network", "etc/systemd/network/a.link"
 NM, NM_MAIN = "NetworkManager.service", "etc/NetworkManager/NetworkManager.conf"
 PROFILE = "etc/NetworkManager/system-connections/Wired connection 1.nmconnection"
-
 DEFAULT = "usr/lib/NetworkManager/conf.d/00-server.conf"
 NM_CONF, RULES = "etc/NetworkManager/conf.d/a.conf", "etc/udev/rules.d/70-a.rules"
 IFCFG, SUSE = "etc/sysconfig/network-scripts/ifcfg-eth0", "etc/sysconfig/network/ifcfg-eth0"
