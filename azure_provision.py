@@ -59,7 +59,7 @@ NETWORK_TIMEOUT = 30  # seconds, for the network to be back after DHCP was asked
 MIN_PAUSE, MAX_PAUSE = 0.5, 1.0  # seconds between attempts; IMDS allows 5 requests a second
 MAX_BODY = 1024 * 1024  # bytes of a response; a goal state has about 3,000
 
-# hostname(7), but one label may have all 64. hostnamectl would silently drop an underscore.
+# hostname(7), but a label may have 64, Linux's limit. hostnamectl would silently drop a "_".
 HOSTNAME = r"(?=.{1,64}\Z)[A-Za-z0-9]+((\.|-+)[A-Za-z0-9]+)*\Z"
 
 # For each DHCP client: the command that shows the state of interface {}, a pattern that matches its
@@ -72,20 +72,20 @@ DHCP_CLIENTS = (
     ("networkctl status {}", r"\(configur(ed|ing)\)", "systemctl try-restart systemd-networkd"),
     ("nmcli -g GENERAL.STATE device show {}", r"^[4-9]0|\(connected\)$", "nmcli device connect {}"),
     ("systemctl is-active ifup@{}.service", "^active$", "systemctl restart ifup@{}.service"),
-    ("ifquery --state {}", "=", "systemctl try-restart networking.service"),  # "eth0=eth0"
-    ("dhcpcd -U {}", "=", "systemctl try-restart dhcpcd.service"),  # its variables
+    ("ifquery --state {}", "=", "systemctl try-restart networking.service"),  # prints "eth0=eth0"
+    ("dhcpcd -U {}", "=", "systemctl try-restart dhcpcd.service"),  # prints variables
 )
 
 
 class ProvisioningError(Exception):
-    """Every failure below; the message says why, in one line."""
+    """A failure that ends or repeats a step; the message is a line for the log."""
 
 
 def log(priority: int, message: str) -> None:
     """Print MESSAGE as one line of ASCII; the journal takes its priority from a prefix."""
     line = message[:1000].encode("unicode_escape").decode("ascii")
     with suppress(OSError):  # standard output is closed; don't fail for that
-        stdout = os.fstat(1)  # compare: the variable may be inherited from elsewhere
+        stdout = os.fstat(1)  # the variable may be inherited: does it name this very output?
         if os.environ.get("JOURNAL_STREAM") == f"{stdout.st_dev}:{stdout.st_ino}":
             line = f"<{priority}>{line}"  # sd-daemon(3), systemd.exec(5)
         os.write(1, f"{line}\n".encode("ascii"))
@@ -130,9 +130,10 @@ def keep_trying(attempt: Callable[[], T], limit: float) -> T:
             if problem != logged:
                 log(WARNING, f"{problem}; retrying for up to {limit - spent:.0f} s")
                 logged = problem
-            unsent = getattr(cause, "errno", 0) in (ENETUNREACH, EHOSTUNREACH)  # without a route
-            time.sleep(0 if unsent else MIN_PAUSE)
-            wait_for_event(events, MAX_PAUSE if unsent else MAX_PAUSE - MIN_PAUSE)
+            no_route = getattr(cause, "errno", 0) in (ENETUNREACH, EHOSTUNREACH)
+            pause = 0 if no_route else MIN_PAUSE  # if anything was sent, even an event has to wait
+            time.sleep(pause)
+            wait_for_event(events, MAX_PAUSE - pause)
 
 
 def exchange(
@@ -149,8 +150,7 @@ def exchange(
                 status_line = f"{response.status} {response.reason}"
                 if response.status not in accept:
                     raise ProvisioningError(status_line)
-                # a report's status is the answer
-                body = b"" if report else response.read(MAX_BODY)
+                body = b"" if report else response.read(MAX_BODY)  # a report's means nothing
     except Exception as error:  # whatever it is, it is retried
         raise ProvisioningError(f"{host}: {method} {path}: {reason(error)}") from error
     return status_line, body
@@ -316,15 +316,15 @@ def main(arguments: List[str]) -> int:
     started = time.monotonic()
     parser = argparse.ArgumentParser("azure_provision.py", description=__doc__, allow_abbrev=False)
     option = parser.add_argument
-    option("--wireserver", metavar="HOST[:PORT]", help=f"instead of {WIRESERVER}")
-    option("--imds", metavar="HOST[:PORT]", help=f"instead of {IMDS}")
+    option("--wireserver", metavar="HOST[:PORT]", help=f"a fake one instead of {WIRESERVER}")
+    option("--imds", metavar="HOST[:PORT]", help=f"and instead of {IMDS}")
     option("--dry-run", action="store_true", help="show what would be sent and set; do neither")
     option("--version", action="version", version=f"%(prog)s {__version__}")
     options = parser.parse_args(arguments)
-    if bool(options.wireserver) != bool(options.imds):
+    if [options.wireserver, options.imds].count(None) == 1 or "" in vars(options).values():
         parser.error("give both --wireserver and --imds, or neither")
-    if not options.wireserver:  # another platform may be anywhere
-        tag = AZURE_CHASSIS_ASSET_TAG  # if there is none, as in a container
+    if not options.wireserver:  # a fake one can be tried on any machine
+        tag = AZURE_CHASSIS_ASSET_TAG  # if there is no file, as in a container
         with suppress(OSError), open(CHASSIS_ASSET_TAG_FILE, encoding="latin-1") as file:
             tag = file.read().strip()
         if tag != AZURE_CHASSIS_ASSET_TAG:
@@ -341,7 +341,7 @@ def main(arguments: List[str]) -> int:
             return 0
         changed = hostname != socket.gethostname()
         stored = set_hostname(hostname)
-        if changed:
+        if changed:  # or else DHCP has sent it
             publish_hostname()
         if stored:
             disable_unit()

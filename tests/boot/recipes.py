@@ -225,7 +225,7 @@ mount -t proc proc root/proc
 for name in dev sys; do mount --rbind /$name root/$name; done
 mount -t tmpfs tmpfs root/run
 mount --bind -o X-mount.mkdir "$0" "root/a clone"
-exec chroot root sh -c 'cd "/a clone/tests/recipes/mkosi" && exec mkosi build'
+exec chroot root sh -c 'cd "/a clone/tests/recipes/mkosi" && exec mkosi --force build'
 """
 
 

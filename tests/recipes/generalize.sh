@@ -9,6 +9,7 @@ etc=$tree/etc
 
 # NetworkManager asks for an address everywhere if it is not told otherwise, systemd-networkd nowhere.
 if [ ! -e "$tree/usr/sbin/NetworkManager" ]; then
+    mkdir -p "$etc/systemd/network"
     cp "$here/80-dhcp.network" "$etc/systemd/network/"
     systemctl --root="$tree/" enable systemd-networkd
 fi
@@ -24,7 +25,6 @@ fi
 DESTDIR=$tree "$here/../../install.sh"
 
 rm -f "$etc"/ssh/ssh_host_*
-rm -f "$tree/var/lib/dbus/machine-id"
-ln -s /etc/machine-id "$tree/var/lib/dbus/machine-id"
+[ ! -d "$tree/var/lib/dbus" ] || ln -sf /etc/machine-id "$tree/var/lib/dbus/machine-id"
 : >"$etc/machine-id"
 echo localhost >"$etc/hostname"

@@ -7,10 +7,15 @@ tree=${1:?usage: user.sh TREE KEYS} keys=${2:?usage: user.sh TREE KEYS}
     echo "user.sh: put the public keys that may log in into $keys" >&2
     exit 1
 }
-chroot "$tree" useradd --create-home --shell /bin/bash azureuser
+[ -d "$tree/etc/sudoers.d" ] || {
+    echo "user.sh: install sudo" >&2
+    exit 1
+}
+chroot "$tree" id azureuser >/dev/null 2>&1 ||
+    chroot "$tree" useradd --create-home --shell /bin/bash azureuser
 ssh=$tree/home/azureuser/.ssh
-mkdir -m 700 "$ssh"
+mkdir -p "$ssh"
 cp "$keys" "$ssh/authorized_keys"
-chmod 600 "$ssh/authorized_keys"
+chmod -R go= "$ssh"
 chroot "$tree" chown -R azureuser: /home/azureuser
 echo 'azureuser ALL=(ALL) NOPASSWD: ALL' >"$tree/etc/sudoers.d/azureuser" # there is no password
