@@ -6,8 +6,6 @@ the unit that ran this. Each event is one line on standard output.
 Exit status: 0 provisioned (or not on Azure, or a dry run), 1 failed, 2 refused.
 """
 
-import argparse
-import html
 import json
 import os
 import re
@@ -16,6 +14,7 @@ import socket
 import struct
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from contextlib import closing, suppress
 from errno import EHOSTUNREACH, ENETUNREACH
 from http.client import HTTPConnection
@@ -178,8 +177,8 @@ def report_ready(wireserver: str, dry_run: bool) -> None:
     logged = set()
 
     def attempt() -> str:
-        goal_state = fetch_goal_state(wireserver)  # each time: 410 means that it has moved on
-        report = HEALTH_REPORT.format(*map(html.escape, goal_state))
+        ids = fetch_goal_state(wireserver)  # each time: 410 means that it has moved on
+        report = HEALTH_REPORT.format(*(i.replace("&", "&amp;").replace("<", "&lt;") for i in ids))
         if report not in logged:  # before it can be rejected: Azure support asks for its ids
             logged.add(report)
             log(INFO, f"Health report: {report}")
@@ -280,11 +279,10 @@ def ask_dhcp_again(interface: str) -> str:
         raise ProvisioningError(f"DHCP request not sent again: no route to {WIRESERVER}")
     problems = [f"no known DHCP client manages {interface}"]
     for show, managed, publish in DHCP_CLIENTS:
-        command = publish.format(interface)
         try:
             if re.search(managed, run(show.format(interface))):
-                run(command)
-                return command
+                run(publish.format(interface))
+                return publish.format(interface)
         except ProvisioningError as error:  # not installed, not running, or an old version
             problems.append(str(error))
     raise ProvisioningError("DHCP request not sent again: " + "; ".join(dict.fromkeys(problems)))
@@ -314,15 +312,17 @@ def disable_unit() -> None:
 def main(arguments: List[str]) -> int:
     """Run the steps, which stand above in this order; return the exit status."""
     started = time.monotonic()
-    parser = argparse.ArgumentParser("azure_provision.py", description=__doc__, allow_abbrev=False)
-    option = parser.add_argument
-    option("--wireserver", metavar="HOST[:PORT]", help=f"a fake one instead of {WIRESERVER}")
-    option("--imds", metavar="HOST[:PORT]", help=f"and instead of {IMDS}")
-    option("--dry-run", action="store_true", help="show what would be sent and set; do neither")
-    option("--version", action="version", version=f"%(prog)s {__version__}")
-    options = parser.parse_args(arguments)
-    if [options.wireserver, options.imds].count(None) == 1 or "" in vars(options).values():
-        parser.error("give both --wireserver and --imds, or neither")
+    options = Namespace(wireserver=None, imds=None, dry_run=False)
+    if arguments:  # the unit gives none, and a parser takes 3 ms
+        parser = ArgumentParser("azure_provision.py", description=__doc__, allow_abbrev=False)
+        option = parser.add_argument
+        option("--wireserver", metavar="HOST[:PORT]", help=f"a fake one instead of {WIRESERVER}")
+        option("--imds", metavar="HOST[:PORT]", help=f"and instead of {IMDS}")
+        option("--dry-run", action="store_true", help="show what would be sent and set; do neither")
+        option("--version", action="version", version=f"%(prog)s {__version__}")
+        options = parser.parse_args(arguments)
+        if [options.wireserver, options.imds].count(None) == 1 or "" in vars(options).values():
+            parser.error("give both --wireserver and --imds, or neither")
     if not options.wireserver:  # a fake one can be tried on any machine
         tag = AZURE_CHASSIS_ASSET_TAG  # if there is no file, as in a container
         with suppress(OSError), open(CHASSIS_ASSET_TAG_FILE, encoding="latin-1") as file:
