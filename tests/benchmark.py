@@ -27,8 +27,8 @@ from tests.vm import VM
 
 T = TypeVar("T")
 
-SCRIPT = "azure-provisioning.py"  # the article's
-VM_TIMEOUT = 180  # seconds, for a boot under emulation
+ARTICLE_SCRIPT = "azure-provisioning.py"  # the article's
+BOOT_TIMEOUT = 180  # seconds, for a boot under emulation
 
 # In the containers both units start when the network is up and nothing else is starting.
 QUIET = """\
@@ -68,7 +68,7 @@ class Containers:
     def boot(self, ours: bool, measure: bool = False) -> ContainerBoot:
         machine = Container(install=False)
         machine.use_networkd()
-        install(machine.root, self.baseline, ours)
+        install_either(machine.root, self.baseline, ours)
         drop_ins = f"etc/systemd/system/{UNIT}.d"
         machine.write(f"{drop_ins}/quiet.conf", QUIET)
         if measure:
@@ -106,12 +106,12 @@ class Containers:
         return int(peak) / 1024
 
 
-def install(root: Path, baseline: Path, ours: bool) -> None:
+def install_either(root: Path, baseline: Path, ours: bool) -> None:
     """Install our script and unit, or the article's, in the image whose tree is at ROOT."""
     if ours:
         command(INSTALLER, DESTDIR=root)
         return
-    shutil.copy(str(baseline / SCRIPT), str(root / "usr/local"))
+    shutil.copy(str(baseline / ARTICLE_SCRIPT), str(root / "usr/local"))
     shutil.copy(str(baseline / UNIT), str(root / "etc/systemd/system"))
     command("systemctl", f"--root={root}", "--quiet", "enable", UNIT)
 
@@ -123,14 +123,14 @@ def make_disk(directory: Path, baseline: Path, ours: bool) -> Path:
     """
     tree = disk.Tree(directory, ("python3", "curl"))
     tree.use_networkd()
-    install(tree.root, baseline, ours)
+    install_either(tree.root, baseline, ours)
     return tree.disk()
 
 
 def seconds_to_ready(image: Path, ours: bool) -> float:
     """From the start of a VM to the arrival of its health report; infinite if none arrives."""
     with VM(image) as vm, vm.boot() as boot:
-        boot.wait(lambda: bool(vm.azure.asked("health")), VM_TIMEOUT)
+        boot.wait(lambda: bool(vm.azure.asked("health")), BOOT_TIMEOUT)
         boot.check()
         health = vm.azure.asked("health")
     seconds = health[0].time - boot.started if health else math.inf
@@ -167,12 +167,12 @@ def main() -> int:
     parser.add_argument("--boots", type=int, default=21, help="of each in containers (21)")
     parser.add_argument("--vm-boots", type=int, default=10, help="of each in whole VMs (10)")
     options = parser.parse_args()
-    for name in (SCRIPT, UNIT):
+    for name in (ARTICLE_SCRIPT, UNIT):
         if not (options.baseline / name).is_file():
             parser.error(f"no {name} in {options.baseline}")
     if min(options.boots, options.vm_boots) < 1:
         parser.error("at least one boot of each is needed")
-    absent = [*missing(), *disk.missing()]
+    absent = [*missing(), *disk.missing_tools()]
     if absent:
         parser.error(f"a boot needs {', '.join(absent)}")
 

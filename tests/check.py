@@ -20,10 +20,10 @@ HERE = Path(__file__).resolve().parent.parent
 AGAIN = "run install.sh again"
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # by the sandbox, or cleaned at boot
 MODULES = ("http/client.py", "xml/etree/ElementTree.py")  # not in Debian's python3-minimal
-MAC = r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}"
+MAC_PATTERN = r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5}"
 NAMES_MAC = (
-    rf"(?mi)address\}}==\"{MAC}.*NAME|"
-    rf"^(Permanent)?MACAddress[ \t]*=[ \t]*{MAC}[^\[]*^\[Link\][^\[]*^Name[ \t]*="
+    rf"(?mi)address\}}==\"{MAC_PATTERN}.*NAME|"
+    rf"^(Permanent)?MACAddress[ \t]*=[ \t]*{MAC_PATTERN}[^\[]*^\[Link\][^\[]*^Name[ \t]*="
 )
 # Files that give a device a MAC address of their own, and how.
 SETS_MAC = (
@@ -123,7 +123,7 @@ def mac_address(image: ImageFiles) -> Iterator[str]:
             yield f"{file}: names the interface of one MAC address, the builder's: delete it"
     for pattern, setting in SETS_MAC:
         for file in image.layered(pattern):
-            if re.search(rf"{setting}[ \t\"']*{MAC}", image.text_of(file)):
+            if re.search(rf"{setting}[ \t\"']*{MAC_PATTERN}", image.text_of(file)):
                 yield f"{file}: {said}"
     found, files = net.netplan_files(image)
     for name, file in files.items():
@@ -132,7 +132,7 @@ def mac_address(image: ImageFiles) -> Iterator[str]:
 
 
 def accelerated_networking(image: ImageFiles) -> Iterator[str]:
-    """The second device, a PCI one with the MAC address of eth0, is left alone."""
+    """The second device, a PCI one with the MAC_PATTERN address of eth0, is left alone."""
     name = "eth1" if "net.ifnames=0" in image.command_line else "enP1s1"
     second = (name, "mlx5_core")
     rules = [r for r in image.text("udev/rules.d/*.rules").split("\n") if re.search(SECOND, r)]

@@ -14,7 +14,7 @@ from tests.plain.harness import StandIns, start_script
 lock = threading.Lock()
 
 
-def show(who: str, line: str) -> None:
+def show_line(who: str, line: str) -> None:
     with lock:
         print(f"  {who:<8} | {line}", flush=True)
 
@@ -27,7 +27,7 @@ def run(title: str, azure: FakeAzure, machine: StandIns, *options: str) -> int:
         try:
             assert process.stdout is not None and process.stderr is not None
             for line in process.stdout:
-                show("script", line.rstrip("\n"))
+                show_line("script", line.rstrip("\n"))
             sys.stderr.write(process.stderr.read())
         finally:
             process.kill()  # if it has not ended: whoever watched has gone
@@ -36,7 +36,7 @@ def run(title: str, azure: FakeAzure, machine: StandIns, *options: str) -> int:
 
 def demo(machine: StandIns) -> int:
     with FakeAzure() as azure:
-        azure.on_request = lambda request: show("Azure", describe(request))
+        azure.on_request = lambda request: show_line("Azure", describe(request))
         azure.vm_name, azure.computer_name = "myset_0", "myset000000"
         statuses = [run("A dry run: nothing is posted.", azure, machine, "--dry-run")]
         azure.script("goalstate", [Status(503), Status(503)])

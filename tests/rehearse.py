@@ -80,17 +80,17 @@ TROUBLE = re.compile(
 WAAGENT = re.compile("Daemon Daemon|(?i:walinuxagent)")
 
 # Resources of IMDS whose answer holds the computer name.
-NAMES = ("computerName", "osProfile", "compute", "instance")
+NAME_RESOURCES = ("computerName", "osProfile", "compute", "instance")
 
 # Agents by their User-Agent or x-ms-agent-name; cloud-init calls itself WALinuxAgent in the latter.
-AGENTS = ("cloud-init", "afterburn", "azure-init", "walinuxagent", "custom-provisioning")
+AGENT_NAMES = ("cloud-init", "afterburn", "azure-init", "walinuxagent", "custom-provisioning")
 DAEMONS = ("walinuxagent",)  # which talk to the WireServer for as long as the VM runs
 
 TERMINAL = os.isatty(1)
 CLEAR = "\r\x1b[K" if TERMINAL else ""  # the line that shows that we are alive
 
 
-def show(text: str) -> None:
+def tell(text: str) -> None:
     os.write(1, f"{CLEAR}{text}\n".encode("utf-8", "replace"))
 
 
@@ -174,7 +174,7 @@ def add_faults(azure: FakeAzure) -> None:
     azure.script("goalstate", [*resets, Slow(15), Status(503), Status(429)])
     for resource in ("health", "provisioning"):
         azure.script(resource, [Status(410), Status(500), Status(503)])
-    for resource in NAMES:
+    for resource in NAME_RESOURCES:
         azure.script(resource, [Reset(), Status(404), Status(410), Status(429), Status(503)])
     azure.partial, azure.rate_limit = True, 5
 
@@ -222,7 +222,7 @@ class Rehearsal:
 
     @contextlib.contextmanager
     def power_on(self, vm: VM, title: str) -> Iterator[VMBoot]:
-        show(f"\n{title} (MAC address {vm.mac}, name {vm.azure.computer_name})")
+        tell(f"\n{title} (MAC address {vm.mac}, name {vm.azure.computer_name})")
         with vm.boot() as boot:
             self._started = boot.started
             yield boot
@@ -238,7 +238,7 @@ class Rehearsal:
             if not said:
                 return
             text = said.group(1) or said.group(2)
-        show(f"{at - self._started:7.1f} s  {source:<7}  {text:.150}")
+        tell(f"{at - self._started:7.1f} s  {source:<7}  {text:.150}")
 
     def watch(self, boot: VMBoot, second: bool) -> None:
         """Watch BOOT until nothing more is to be expected of it."""
@@ -278,7 +278,7 @@ class Rehearsal:
                 if boot.off.is_set():
                     return
                 self.step(boot, 0.1)
-        show("           The VM ignores its power button: its power is cut.")
+        tell("           The VM ignores its power button: its power is cut.")
 
 
 # What is awaited of a VM. Patience depends on the VM's own pace: emulation is ten times slower.
@@ -454,7 +454,7 @@ def takes_computer_name(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if taken:
         return FAIL, f"it took {taken.pop()}, after the name of the resource, not {wanted}"
     for request in asked:
-        if request.resource in NAMES and request.status == 200:
+        if request.resource in NAME_RESOURCES and request.status == 200:
             return PASS, f"{azure.computer_name}, from {printable(request.path.split('?')[0])}"
     if named_time(boot):
         return PASS, f"{azure.computer_name}, from the provisioning DVD"
@@ -493,7 +493,7 @@ def agent(request: Request) -> str:
     """The agent that sent REQUEST, by what it calls itself or by what no other agent asks for."""
     headers = {name.lower(): value for name, value in request.headers.items()}
     for header in ("user-agent", "x-ms-agent-name", "x-ms-guest-agent-name"):
-        for name in AGENTS:
+        for name in AGENT_NAMES:
             if name in headers.get(header, "").lower():
                 return name
     if request.resource in ("versions", "telemetrydata"):
@@ -545,7 +545,7 @@ VM_CHECKS: List[Tuple[str, Callable[[VMBoot, Rehearsal], Outcome]]] = [
     ("speaks on the console", speaks),
     ("is the only agent", is_the_only_agent),
 ]
-CHECKS = [
+ALL_CHECKS = [
     *VM_CHECKS,
     ("stays up", stays_up),
     ("second VM is the same", second_vm_is_the_same),
@@ -566,7 +566,7 @@ def verdict(rehearsal: Rehearsal) -> Tuple[int, List[str]]:
     boots = rehearsal.boots
     first: Any = boots[0] if boots else None
     outcomes = [("can be uploaded", *can_be_uploaded(first, rehearsal))]
-    for title, check in CHECKS:
+    for title, check in ALL_CHECKS:
         outcomes.append((title, *(check(first, rehearsal) if boots else NOT_REACHED)))
     lines = ["", *(f"  {state:<4}  {title:<23}  {remark}" for title, state, remark in outcomes)]
     states = [state for _, state, _ in outcomes]
@@ -641,19 +641,19 @@ def main(arguments: List[str]) -> int:
         what = f"{printable(str(options.image))}: {image.format}, {amount(image.size)}"
         rehearsal = Rehearsal(options, image, console=console)
         if image.obstacle:
-            show(what)
+            tell(what)
         else:
             rehearsal.setup, how = find_setup(image, options.generation)
             options.timeout = options.timeout or TIMEOUTS[rehearsal.setup.accelerator]
-            show(f"{what}, {how}")
+            tell(f"{what}, {how}")
             rehearsal.run()
         status, lines = verdict(rehearsal)
-        show("\n".join(lines))
+        tell("\n".join(lines))
         return status
     except KeyboardInterrupt:
         if rehearsal and rehearsal.boots:
-            show("\n".join(excerpt(rehearsal.last)))
-        show("Stopped.")
+            tell("\n".join(excerpt(rehearsal.last)))
+        tell("Stopped.")
         return 128 + SIGNALS[0]
     except BrokenPipeError:  # nobody reads the output
         return 128 + signal.SIGPIPE

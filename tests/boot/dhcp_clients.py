@@ -12,7 +12,7 @@ from tests.fake_azure import Slow
 COUNT = int(os.environ.get("BOOT_COUNT", "1"))
 
 NETPLAN = '{network: {version: 2, ethernets: {all: {match: {name: "host*"}, dhcp4: true}}}}\n'
-PROFILE = "[connection]\nid=cable\ntype=ethernet\n\n[ipv4]\nmethod=auto\n"
+CABLE_PROFILE = "[connection]\nid=cable\ntype=ethernet\n\n[ipv4]\nmethod=auto\n"
 
 
 def netplan(machine: Container) -> None:
@@ -26,7 +26,7 @@ def resolved(machine: Container) -> None:
 
 
 def profile(machine: Container) -> None:
-    machine.write("etc/NetworkManager/system-connections/cable.nmconnection", PROFILE, 0o600)
+    machine.write("etc/NetworkManager/system-connections/cable.nmconnection", CABLE_PROFILE, 0o600)
 
 
 def slow_script(machine: Container) -> None:

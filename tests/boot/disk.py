@@ -11,7 +11,7 @@ from tests.boot.container import image, mirror
 from tests.boot.host import CACHE, command, new_directory, which
 
 # The command that is missing, and its package in Debian.
-TOOLS = {
+DISK_TOOLS = {
     "mmdebstrap": "mmdebstrap",
     "mke2fs": "e2fsprogs",
     "mkfs.vfat": "dosfstools",
@@ -22,8 +22,8 @@ TOOLS = {
 MBR_CODE = Path("/usr/lib/syslinux/mbr/mbr.bin")  # syslinux-common
 EFI_LOADERS = "usr/lib/systemd/boot/efi/systemd-boot*.efi"  # in the tree: systemd-boot-efi
 
-PACKAGES = ("systemd", "systemd-sysv", "dbus", "libpam-systemd", "iproute2")
-KERNEL = ("linux-image-cloud-amd64", "systemd-boot-efi")
+DISK_PACKAGES = ("systemd", "systemd-sysv", "dbus", "libpam-systemd", "iproute2")
+KERNEL_PACKAGES = ("linux-image-cloud-amd64", "systemd-boot-efi")
 ARM_PACKAGES = ("linux-image-cloud-arm64", "systemd-boot-efi", "python3")
 
 MIB = 1024 * 1024  # bytes
@@ -43,7 +43,7 @@ def arm_image() -> Path:
     """The directory of an image for Arm64, built once, in minutes."""
     directory = CACHE / "arm64"
     if not directory.exists():
-        include = f"--include={','.join([*PACKAGES, *ARM_PACKAGES])}"
+        include = f"--include={','.join([*DISK_PACKAGES, *ARM_PACKAGES])}"
         unfinished = new_directory()
         options = ("--quiet", "--variant=minbase", "--architectures=arm64", include)
         command("mmdebstrap", *options, "bookworm", unfinished, *mirror())
@@ -51,16 +51,16 @@ def arm_image() -> Path:
     return directory
 
 
-def missing() -> Sequence[str]:
+def missing_tools() -> Sequence[str]:
     """What building a disk needs and this machine does not have."""
-    absent = [f"{tool} ({package})" for tool, package in TOOLS.items() if which(tool) is None]
+    absent = [f"{tool} ({package})" for tool, package in DISK_TOOLS.items() if which(tool) is None]
     return absent if MBR_CODE.exists() else [*absent, f"{MBR_CODE} (syslinux-common)"]
 
 
 class Tree:
     """A copy of an image's tree, to be changed and then made into disks.
 
-    PACKAGES is added to the kernel, systemd and D-Bus; each set of packages is built once. The
+    DISK_PACKAGES is added to the kernel, systemd and D-Bus; each set of packages is built once. The
     kernel is bookworm's in any SUITE: under emulation trixie's crashes in half of the boots.
     """
 
@@ -70,14 +70,14 @@ class Tree:
         self.directory = directory
         self.root = directory / "root"
         directory.mkdir(parents=True, exist_ok=True)
-        kernel = KERNEL if suite == "bookworm" else ("kmod", "udev")
+        kernel = KERNEL_PACKAGES if suite == "bookworm" else ("kmod", "udev")
         if packages == ARM_PACKAGES:
             original = arm_image()
         else:
-            original = image("disk", suite, [*PACKAGES, *kernel, *packages])
+            original = image("disk", suite, [*DISK_PACKAGES, *kernel, *packages])
         command("cp", "--archive", "--reflink=auto", original, self.root)
         if suite != "bookworm":
-            other = image("disk", "bookworm", [*PACKAGES, *KERNEL, "python3"])
+            other = image("disk", "bookworm", [*DISK_PACKAGES, *KERNEL_PACKAGES, "python3"])
             for part in ("boot", "vmlinuz", "initrd.img", "usr/lib/modules"):
                 command("cp", "--archive", "--no-target-directory", other / part, self.root / part)
         # of the kernel, beside its root

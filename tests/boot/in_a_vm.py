@@ -16,8 +16,8 @@ from tests.boot.test_boot import SANDBOX_ALLOWS, add_probe
 from tests.plain.harness import INSTALLER
 from tests.vm import VM, VMBoot
 
-COUNT = int(os.environ.get("BOOT_COUNT", "1"))
-TIMEOUT = 120  # seconds, for a boot under emulation
+VM_COUNT = int(os.environ.get("BOOT_COUNT", "1"))
+VM_TIMEOUT = 120  # seconds, for a boot under emulation
 
 INTERFACES = "auto lo\niface lo inet loopback\n\n{} ens3\niface ens3 inet dhcp\n"
 
@@ -28,7 +28,7 @@ class VMTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         qemu = [tool for tool in ("qemu-system-x86_64", "qemu-img") if which(tool) is None]
-        skip_if([*missing(), *disk.missing(), *qemu])
+        skip_if([*missing(), *disk.missing_tools(), *qemu])
 
     def setUp(self) -> None:
         self.directory = new_directory()
@@ -45,7 +45,7 @@ class WholeTest(VMTest):
         return tree
 
     def wait_for(self, boot: VMBoot, text: str) -> None:
-        self.assertTrue(boot.wait(lambda: text in boot.console, TIMEOUT), boot.console)
+        self.assertTrue(boot.wait(lambda: text in boot.console, VM_TIMEOUT), boot.console)
 
     def check(self, image: Path, publish: str) -> None:
         """DHCP learns the new name by PUBLISH, and the next unit has its network."""
@@ -68,7 +68,7 @@ class WholeTest(VMTest):
             if verb:
                 tree.write("etc/network/interfaces", INTERFACES.format(verb))
             image = tree.disk()
-            for _ in range(COUNT):
+            for _ in range(VM_COUNT):
                 self.check(image, f"systemctl {publish}")
 
     def test_sandbox_leaves_little_to_write_and_only_the_platform_to_reach(self) -> None:

@@ -20,14 +20,14 @@ from tests.boot.network import Namespace
 from tests.plain.harness import ROOT
 from tests.vm import VM, Setup, split_options
 
-TIMEOUT = 600  # seconds, for what a VM does under emulation
+RECIPE_TIMEOUT = 600  # seconds, for what a VM does under emulation
 
 RECIPES = "tests/recipes"
-RULE = "etc/udev/rules.d/68-azure-sriov-unmanaged.rules"
+RULE_PROBE = "etc/udev/rules.d/68-azure-sriov-unmanaged.rules"
 
 # What such a VM on Azure has: Debian's cloud-init and waagent, which the recipe removes.
-AGENTS = ["cloud-init", "waagent", "netplan.io", "isc-dhcp-client"]
-PACKAGES = ["python3", "sudo", *AGENTS, "openssh-server"]
+AZURE_AGENTS = ["cloud-init", "waagent", "netplan.io", "isc-dhcp-client"]
+LIVE_PACKAGES = ["python3", "sudo", *AZURE_AGENTS, "openssh-server"]
 
 # What no two VMs of an image may share, the machine-id and the host keys; and what has failed.
 IDENTITY = """\
@@ -36,7 +36,7 @@ echo $({login} cat /etc/machine-id) $keys, failed: $(systemctl list-units --fail
 """
 # The user of the image logs in, and is root.
 OPTIONS = "-i /usr/local/key -o BatchMode=yes -o StrictHostKeyChecking=no -o LogLevel=ERROR"
-LOGIN = f"ssh {OPTIONS} azureuser@localhost sudo"
+LOG_IN = f"ssh {OPTIONS} azureuser@localhost sudo"
 
 
 def add_identity_service(root: Path, login: str = "") -> None:
@@ -45,7 +45,7 @@ def add_identity_service(root: Path, login: str = "") -> None:
     add_service(root, "identity", script, after="ssh.service", before="serial-getty@ttyS0.service")
 
 
-def identities(console: str) -> List[List[str]]:
+def said_identities(console: str) -> List[List[str]]:
     """Those that were said on the console, one of each boot."""
     said = re.findall(r"identity\[\d+\]: (\w+(?: SHA256:\S+)+), failed: *\n", console)
     return [identity.split() for identity in said]
@@ -72,20 +72,24 @@ class RecipeTest(VMTest):
         root = self.directory / "mounted"
         root.mkdir()
         command("mount", "-o", f"loop,offset={offset}", disk, root)
-        add_identity_service(root, LOGIN)
+        add_identity_service(root, LOG_IN)
         shutil.copy(str(self.key), str(root / "usr/local/key"))
         command("umount", root)
 
     def rehearse(self, disk: Path, generation: int, builder: Sequence[str] = ()) -> None:
         """DISK provisions, and each VM of it has an identity of its own, and keeps it."""
         console = self.directory / "console"
-        options = (f"--generation={generation}", f"--timeout={TIMEOUT}", f"--console={console}")
+        options = (
+            f"--generation={generation}",
+            f"--timeout={RECIPE_TIMEOUT}",
+            f"--console={console}",
+        )
         done = attempt(sys.executable, "-m", "tests.rehearse", disk, *options, cwd=ROOT)
         note(done.stdout)
         said = console.read_text(encoding="utf-8")
         self.assertEqual(done.returncode, 0, f"{done.stdout}\n{said}")
-        self.assertEqual(len(identities(said)), 3, said)
-        first, second, again = identities(said)
+        self.assertEqual(len(said_identities(said)), 3, said)
+        first, second, again = said_identities(said)
         self.assertEqual(second, again)
         everything = [*first, *second, *builder]
         self.assertEqual(len(set(everything)), len(everything), everything)
@@ -97,7 +101,7 @@ class PackerTest(RecipeTest):
     def setUp(self) -> None:
         skip_if([] if which("packer") else ["packer"])
         super().setUp()
-        self.tree = Tree(self.directory, PACKAGES)
+        self.tree = Tree(self.directory, LIVE_PACKAGES)
         command("chroot", self.tree.root, "useradd", "--create-home", "packer")
         self.tree.write("home/packer/.ssh/authorized_keys", self.public_key)
         self.tree.write("etc/sudoers.d/packer", "packer ALL=(ALL) NOPASSWD: ALL\n")
@@ -143,7 +147,7 @@ class PackerTest(RecipeTest):
         command("packer", "validate", self.recipes / "packer.pkr.hcl", CHECKPOINT_DISABLE=1)
         self.packer(status=0)
         self.check(status=0)
-        self.assertTrue((self.tree.root / RULE).exists())
+        self.assertTrue((self.tree.root / RULE_PROBE).exists())
         self.assertEqual(command("ls", self.tree.root / "home"), "azureuser\n")
 
         first_boot = f"systemctl disable {UNIT} && ssh-keygen -A && systemd-machine-id-setup"
@@ -154,7 +158,7 @@ class PackerTest(RecipeTest):
 
 
 # On Azure, and nothing that only takes time: neither mirrors nor locales.
-CLOUD_INIT = """\
+CLOUD_CONFIG = """\
 datasource_list: [ Azure ]
 cloud_config_modules: []
 cloud_final_modules: []
@@ -168,7 +172,7 @@ echo "recipe: status $?"
 systemctl --quiet disable build.service
 rm -rf /srv/azure* /usr/local/build /etc/systemd/system/build.service
 mkdir -p /run/udev/rules.d
-sed s/mana/virtio_net/ /{RULE} >/run/udev/rules.d/68-test.rules
+sed s/mana/virtio_net/ /{RULE_PROBE} >/run/udev/rules.d/68-test.rules
 interface=$(basename /sys/class/net/e*)
 properties() {{ udevadm test /sys/class/net/$interface 2>&1 | grep -c ^AZURE_UNMANAGED; }}
 echo "properties before: $(properties)"
@@ -180,8 +184,8 @@ systemctl poweroff
 
 class LiveTest(RecipeTest):
     def test_vm_of_cloud_init_becomes_an_image_whose_vms_provision(self) -> None:
-        tree = Tree(self.directory / "tree", PACKAGES)
-        tree.write("etc/cloud/cloud.cfg.d/90-azure.cfg", CLOUD_INIT)
+        tree = Tree(self.directory / "tree", LIVE_PACKAGES)
+        tree.write("etc/cloud/cloud.cfg.d/90-azure.cfg", CLOUD_CONFIG)
         add_identity_service(tree.root)
         agents = "cloud-final.service walinuxagent.service identity.service"
         add_service(tree.root, "build", BUILD, after=f"multi-user.target {agents}")
@@ -189,12 +193,12 @@ class LiveTest(RecipeTest):
 
         disk = self.directory / "image.qcow2"
         with VM(tree.disk(), number=7) as vm, vm.boot() as boot:
-            self.assertTrue(boot.wait(boot.off.is_set, TIMEOUT), boot.console)
+            self.assertTrue(boot.wait(boot.off.is_set, RECIPE_TIMEOUT), boot.console)
             self.assertTrue(vm.azure.ready.is_set(), boot.console)
             self.assertRegex(boot.console, f'macaddress: "?{vm.mac}')
             for text in ("recipe: status 0", "properties before: 0", "properties of a slave: 1"):
                 self.assertIn(text, boot.console)
-            (builder,) = identities(boot.console)
+            (builder,) = said_identities(boot.console)
             backing = [f",backing.{option}" for option in split_options(vm.image.options)]
             source = f"driver=qcow2,file.filename={vm.path('disk')}" + "".join(backing)
             command("qemu-img", "convert", "--image-opts", source, "-O", "qcow2", disk)
@@ -208,7 +212,7 @@ class MmdebstrapTest(RecipeTest):
         self.add_identity_to(disk)
         self.rehearse(disk, 1)
         with VM(disk, Setup(2)) as vm, vm.boot() as boot:
-            self.assertTrue(boot.wait(vm.azure.ready.is_set, TIMEOUT), boot.console)
+            self.assertTrue(boot.wait(vm.azure.ready.is_set, RECIPE_TIMEOUT), boot.console)
 
 
 # This machine's mirror, which may have neither security updates nor debugging symbols.

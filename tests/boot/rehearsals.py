@@ -38,40 +38,40 @@ REHEARSE = [
     *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs"),
     *("/usr/bin/python3", "-B", "-m", "tests.rehearse"),
 ]
-CLOUD_INIT = ("python3", "cloud-init", "ifupdown", "isc-dhcp-client")
+CLOUD_INIT_PACKAGES = ("python3", "cloud-init", "ifupdown", "isc-dhcp-client")
 IFUPDOWN = ("python3", "ifupdown", "isc-dhcp-client")
 
 
-def install(tree: Tree) -> None:
+def install_project(tree: Tree) -> None:
     command(INSTALLER, DESTDIR=tree.root)
 
 
 def no_dhcp_client(tree: Tree) -> None:
-    install(tree)
+    install_project(tree)
     tree.parameters += " net.ifnames=0"
 
 
 def sound(tree: Tree) -> None:
     """A sound image, which tries to reach the machine that runs QEMU, where somebody listens."""
     tree.use_networkd()
-    install(tree)
+    install_project(tree)
     add_service(tree.root, "curious", "exec 3<>/dev/tcp/168.0.0.2/$(cat /port); echo connected: $?")
 
 
 def bound_to_mac_address(tree: Tree) -> None:
     # the address of a VM that is gone
     tree.use_networkd("[Match]\nMACAddress=00:22:48:12:34:56\n\n[Network]\nDHCP=yes\n")
-    install(tree)
+    install_project(tree)
 
 
 def bound_to_ens3(tree: Tree) -> None:
     tree.use_networkd("[Match]\nName=ens3\n\n[Network]\nDHCP=yes\n")
-    install(tree)
+    install_project(tree)
 
 
 def names_eth0(tree: Tree) -> None:
     tree.write("etc/network/interfaces.d/azure", "allow-hotplug eth0\niface eth0 inet dhcp\n")
-    install(tree)
+    install_project(tree)
 
 
 def names_eth0_and_has_it(tree: Tree) -> None:
@@ -117,7 +117,7 @@ def cloud_init(tree: Tree) -> None:
 
 def two_agents(tree: Tree) -> None:
     cloud_init(tree)
-    install(tree)
+    install_project(tree)
 
 
 CORRECTLY = "It will provision."
@@ -146,12 +146,12 @@ CASES = [
         packages=ARM_PACKAGES,
         generation=2,
     ),
-    Case(cloud_init, ["is the only agent +cloud-init"], packages=CLOUD_INIT),
+    Case(cloud_init, ["is the only agent +cloud-init"], packages=CLOUD_INIT_PACKAGES),
     Case(
         two_agents,
         ["FAIL +is the only agent +2 agents talk to Azure: cloud-init, custom-provisioning"],
         INCORRECTLY,
-        packages=CLOUD_INIT,
+        packages=CLOUD_INIT_PACKAGES,
     ),
     Case(
         names_eth0_and_has_it,

@@ -17,14 +17,14 @@ STEPS = [
     r"<6>Provisioned as web-prod-01 in \d\.\d\d s",
 ]
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK_ADDRESS = "127.0.0.1"
 ELSEWHERE = "168.0.0.2"  # in QEMU's network, the machine that runs it
 # Runs instead of the script: tells where the unit can write, and what it can reach.
 SANDBOX_PROBE = f"""\
 for directory in / /* /run/* /run/systemd/system /sys/fs/cgroup /usr/local /var/*; do
     [ ! -d "$directory" ] || ! (: >"$directory/.probe") 2>/dev/null || echo "writable: $directory"
 done
-for address in {WIRESERVER} {IMDS} {LOOPBACK} {ELSEWHERE}; do
+for address in {WIRESERVER} {IMDS} {LOOPBACK_ADDRESS} {ELSEWHERE}; do
     (echo >"/dev/udp/$address/9") 2>/dev/null && echo "reachable: $address"
 done
 (echo >/proc/sys/kernel/ostype) 2>/dev/null && echo "writable: /proc/sys"
@@ -41,7 +41,7 @@ ExecStart=/bin/bash /usr/local/probe
 """
 SANDBOX_ALLOWS = [
     *("writable: /etc", "writable: /run/shm"),
-    *(f"reachable: {address}" for address in (WIRESERVER, IMDS, LOOPBACK)),
+    *(f"reachable: {address}" for address in (WIRESERVER, IMDS, LOOPBACK_ADDRESS)),
 ]
 
 
@@ -60,7 +60,7 @@ def add_probe(root: Path) -> None:
     write(root, f"etc/systemd/system/{UNIT}.d/probe.conf", RUN_PROBE)
 
 
-class FirstBootTest(BootTest):
+class ContainerBootTest(BootTest):
     """The platform's addresses are there from the start, without DHCP."""
 
     def setUp(self) -> None:
@@ -168,7 +168,7 @@ class FirstBootTest(BootTest):
 
     def test_guest_proxy_agent_on_the_loopback_can_be_reached_through_the_ip_filter(self) -> None:
         """It takes the connections to the platform's addresses, at 127.0.0.1."""
-        proxy = self.network.azure((LOOPBACK, 3080), (LOOPBACK, 3081))
+        proxy = self.network.azure((LOOPBACK_ADDRESS, 3080), (LOOPBACK_ADDRESS, 3081))
         machine = self.machine()
         arguments = "--wireserver 127.0.0.1:3080 --imds 127.0.0.1:3081"
         script = f"ExecStart=/usr/bin/python3 /usr/local/sbin/azure_provision.py {arguments}\n"

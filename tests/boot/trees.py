@@ -15,7 +15,7 @@ from tests.check import problems
 from tests.plain.harness import INSTALLER
 
 
-class Case(NamedTuple):
+class TreeCase(NamedTuple):
     """The packages of an image, of which the first is its variant, and what makes it sound.
 
     BROKEN has what breaks it, in shell, by the only problem that there is then.
@@ -48,8 +48,8 @@ STANZA = f'stanza() {{ printf "$1 $2\\niface $2 inet dhcp\\n" >{INTERFACES}; }};
 LOSE = "lose() { rm lib/modules/*/kernel/drivers/$1.ko; depmod -b . $(ls lib/modules); }; lose"
 
 
-CASES = [
-    Case(
+TREE_CASES = [
+    TreeCase(
         "plain",
         f"""
         systemctl --root=. enable systemd-networkd
@@ -72,7 +72,7 @@ CASES = [
             f"/{SYSLINUX}: systemd.hostname=a": f"sed -i s/$/\\ systemd.hostname=a/ {SYSLINUX}",
         },
     ),
-    Case(
+    TreeCase(
         "netplan openssh-server linux-image-cloud-amd64",
         f"{BY_DRIVER} mkdir {SSH}; echo '[Service]\nExecStartPre=ssh-keygen -A' >{SSH}/a.conf",
         {
@@ -84,7 +84,7 @@ CASES = [
             "no hv_storvsc": f"{LOSE} scsi/hv_storvsc",
         },
     ),
-    Case(
+    TreeCase(
         "network-manager",
         f"""echo 'DRIVERS=="mana|mlx5_core", ENV{{NM_UNMANAGED}}="1"' >{RULES}""",
         {
@@ -95,7 +95,7 @@ CASES = [
             "NetworkManager.service is not enabled": f"{DISABLE} NetworkManager",
         },
     ),
-    Case(
+    TreeCase(
         "ifupdown",
         f"{STANZA} allow-hotplug eth0",
         {
@@ -106,7 +106,7 @@ CASES = [
             "no DHCP client is installed": "rm sbin/dhclient",
         },
     ),
-    Case(  # as Debian's cloud image
+    TreeCase(  # as Debian's cloud image
         "ifupdown",
         f"""
         mkdir -p etc/udev/rules.d
@@ -115,13 +115,13 @@ CASES = [
         """,
         {"no DHCP client is enabled": "rm etc/udev/rules.d/75-*"},
     ),
-    Case(
+    TreeCase(
         "trees ifupdown dhcpcd-base openssh-server",
         f"{STANZA} auto eth0; echo uninitialized >etc/machine-id",
         {"only runs if /etc/machine-id says uninitialized": ": >etc/machine-id"},
         "trixie",
     ),
-    Case(
+    TreeCase(
         "trees dhcpcd5 dracut grub-pc linux-image-cloud-amd64",
         """
         echo hostname >>etc/dhcpcd.conf
@@ -134,7 +134,7 @@ CASES = [
             "no hv_netvsc": f"{LOSE} net/hyperv/hv_netvsc",
         },
     ),
-    Case(
+    TreeCase(
         "netplan cloud-init waagent",
         f"{BY_DRIVER} touch etc/cloud/cloud-init.disabled; {MASK} walinuxagent",
         {
@@ -164,7 +164,7 @@ class TreesTest(unittest.TestCase):
         skip_if(missing())
 
     @contextlib.contextmanager
-    def tree(self, case: Case) -> Iterator[Path]:
+    def tree(self, case: TreeCase) -> Iterator[Path]:
         """A sound tree of CASE: a layer over its image."""
         directory = new_directory()
         for name in ("upper", "work", "root"):
@@ -184,7 +184,7 @@ class TreesTest(unittest.TestCase):
             remove_tree(directory)
 
     def test_sound_trees_get_no_line_and_each_fault_gets_one(self) -> None:
-        for case in CASES:
+        for case in TREE_CASES:
             with self.subTest(case.packages), self.tree(case) as root:
                 self.assertEqual(problems(str(root)), [])
             for says, breaks in case.broken.items():

@@ -22,7 +22,7 @@ SCRIPT_PATH, LIBRARY = "usr/local/sbin/azure_provision.py", "usr/lib64/python3.9
 NETWORK, NETPLAN = "etc/systemd/network/10-a.network", "etc/netplan/a.yaml"
 FIRST, LINK = "etc/systemd/network/05.network", "etc/systemd/network/a.link"
 NM, NM_MAIN = "NetworkManager.service", "etc/NetworkManager/NetworkManager.conf"
-PROFILE = "etc/NetworkManager/system-connections/Wired connection 1.nmconnection"
+KEYFILE = "etc/NetworkManager/system-connections/Wired connection 1.nmconnection"
 DEFAULT = "usr/lib/NetworkManager/conf.d/00-server.conf"
 NM_CONF, RULES = "etc/NetworkManager/conf.d/a.conf", "etc/udev/rules.d/70-a.rules"
 IFCFG, SUSE = "etc/sysconfig/network-scripts/ifcfg-eth0", "etc/sysconfig/network/ifcfg-eth0"
@@ -30,7 +30,7 @@ INTERFACES, GENERATOR = "etc/network/interfaces", "usr/lib/systemd/system-genera
 GRUB, MODULES = "boot/grub/grub.cfg", "usr/lib/modules/6.1/modules."
 PYTHON, ENTRIES = "etc/alternatives/python3", "boot/loader/entries"
 HERE, MAC = "# only a comment\n", "00:22:48:AA:bb:cc"
-RULE = 'DRIVERS=="mana", ENV{ID_NET_MANAGED_BY}="unmanaged", ENV{NM_UNMANAGED}="1"\n'
+SRIOV_RULE = 'DRIVERS=="mana", ENV{ID_NET_MANAGED_BY}="unmanaged", ENV{NM_UNMANAGED}="1"\n'
 
 
 def service(name: str, command: str = "/bin/true", more: str = "") -> Files:
@@ -84,17 +84,17 @@ UBUNTU: Files = {
 }
 RHEL: Files = {
     **service(NM),
-    PROFILE: "[connection]\ntype=ethernet\n[ipv4]\nmethod=auto\n",
+    KEYFILE: "[connection]\ntype=ethernet\n[ipv4]\nmethod=auto\n",
     DEFAULT: "[main]\nno-auto-default=*\n",
     NM_CONF: "[keyfile]\nunmanaged-devices=*,except:type:ethernet\n",
-    RULES: RULE,
+    RULES: SRIOV_RULE,
     **service("sshd.service", "/usr/sbin/sshd -D", "Wants=sshd-keygen.target"),
     f"{LIB}/sshd-keygen.target": "[Unit]\nWants=sshd-keygen@rsa.service\n",
     f"{LIB}/sshd-keygen@.service": "[Service]\nExecStart=/usr/libexec/openssh/sshd-keygen %i\n",
     f"{ENTRIES}/a.conf": "linux /vmlinuz\noptions root=/dev/sda ro console=ttyS0,115200\n",
     "boot/grub2/grub.cfg": "blscfg\n",
 }
-RHEL_8: Files = {**RHEL, PROFILE: "", IFCFG: 'DEVICE=eth0\nBOOTPROTO="dhcp" # all\nONBOOT=yes\n'}
+RHEL_8: Files = {**RHEL, KEYFILE: "", IFCFG: 'DEVICE=eth0\nBOOTPROTO="dhcp" # all\nONBOOT=yes\n'}
 SLES: Files = {
     **service("wicked.service"),
     SUSE: "BOOTPROTO='dhcp'\nSTARTMODE='auto'\n",
@@ -107,7 +107,7 @@ DEBIAN: Files = {
     "etc/dhcp/dhclient.conf": "send host-name = gethostname();\n",
     INTERFACES: "allow-hotplug eth0\niface eth0 inet dhcp\n",
 }
-SOUND = (NETWORKD, NETWORKD_BY_PRESET, UBUNTU, RHEL, RHEL_8, SLES, DEBIAN)
+SOUND_TREE = (NETWORKD, NETWORKD_BY_PRESET, UBUNTU, RHEL, RHEL_8, SLES, DEBIAN)
 
 
 def match(what: str, more: str = "") -> Files:
@@ -118,8 +118,8 @@ def plan(interfaces: str) -> Files:
     return {NETPLAN: f"network: {{ethernets: {{{interfaces}}}}}\n"}
 
 
-def profile(what: str = "", more: str = "") -> Files:
-    return {PROFILE: f"[connection]\ntype=ethernet\n{what}\n[ipv4]\nmethod=auto\n{more}\n"}
+def keyfile(what: str = "", more: str = "") -> Files:
+    return {KEYFILE: f"[connection]\ntype=ethernet\n{what}\n[ipv4]\nmethod=auto\n{more}\n"}
 
 
 NONE, READY = "no DHCP client is enabled", "so no VM reports Ready"
@@ -128,7 +128,7 @@ HOME = {f"home/me/sbin/{SCRIPT.name}": SYSTEMD[SCRIPT_PATH], SCRIPT_PATH: ""}
 UNMANAGED = "[keyfile]\nunmanaged-devices=*,except:type:wifi\n"
 RC_LOCAL = {f"{LIB}/rc-local.service": "[Service]\nExecStart=/etc/rc.local start\n"}
 NO_KEYS = {**RHEL, **RC_LOCAL, f"{LIB}/sshd-keygen@.service": ""}
-KEYGEN = "test -e /a ||\\\n dpkg-reconfigure -f noninteractive openssh-server\n"
+KEYGEN_FIX = "test -e /a ||\\\n dpkg-reconfigure -f noninteractive openssh-server\n"
 SHARED_LIB = "usr/lib/systemd/libsystemd-shared"
 DEVICE = "[device-a]\nmatch-device=%s\nmanaged=0\n"
 DEFAULT_GRUB = {"etc/default/grub": "GRUB_CMDLINE_LINUX=console=ttyS0\nGRUB_TIMEOUT=1\n"}
@@ -143,9 +143,9 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (UBUNTU, {NETPLAN: f"%YAML 1.1\n--- # a\n{UBUNTU[NETPLAN]}"}),
     *((UBUNTU, plan(f"eth0: {{dhcp4: {yes}}}")) for yes in ("True", "Yes", "On", "YES")),
     (NETWORKD, {NETWORK: NETWORKD[NETWORK].replace("yes", "Yes")}),
-    (NO_KEYS, {"etc/rc.local": f"#!/bin/sh\n{KEYGEN}"}),
+    (NO_KEYS, {"etc/rc.local": f"#!/bin/sh\n{KEYGEN_FIX}"}),
     (NO_KEYS, {"etc/rc.local": "#!/bin/sh\nssh-keygen -A\n"}),
-    (NO_KEYS, {**service("a.service", "/bin/sh /opt/keys"), "opt/keys": KEYGEN}),
+    (NO_KEYS, {**service("a.service", "/bin/sh /opt/keys"), "opt/keys": KEYGEN_FIX}),
     (NETWORKD, {FIRST: "[Network]\nAddress=10.0.0.4/24\n"}),
     (RHEL, {FIRST: STATIC}),  # systemd-networkd is not enabled
     (NETWORKD, {**plan("eth0: {}"), NETWORK: "", f"{NETWORK[:-12]}20.network": NETWORKD[NETWORK]}),
@@ -157,12 +157,12 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (UBUNTU, plan("a: {match: {driver: !!str &d hv_netvsc}, dhcp4: !!bool true}")),
     (UBUNTU, plan("a: &a {match: {driver: hv_netvsc}, dhcp4: &y true}, b: *a")),
     (UBUNTU, plan("a: &a {match: {driver: &d veth}, dhcp4: &y true}, eth0: {dhcp4: *y}")),
-    (NETWORKD, {**match("Name=e*"), RULES: RULE}),
+    (NETWORKD, {**match("Name=e*"), RULES: SRIOV_RULE}),
     (RHEL, {NM_CONF: DEVICE % "driver:mlx5_core;driver:mana", RULES: ""}),
     (RHEL, {NM_CONF: DEVICE.replace("0", "1") % "interface-name:eth*"}),
-    (NETWORKD, {**match("Name=e*"), RULES: RULE, f"{SHARED_LIB}-255.4-1.fc40.so": "-"}),
-    (RHEL, {PROFILE: f"{RHEL[PROFILE]}# 0644", DEFAULT: ""}),
-    (RHEL, {f"{PROFILE}.bak": "[connection]\nautoconnect=no\n", PROFILE: "", DEFAULT: ""}),
+    (NETWORKD, {**match("Name=e*"), RULES: SRIOV_RULE, f"{SHARED_LIB}-255.4-1.fc40.so": "-"}),
+    (RHEL, {KEYFILE: f"{RHEL[KEYFILE]}# 0644", DEFAULT: ""}),
+    (RHEL, {f"{KEYFILE}.bak": "[connection]\nautoconnect=no\n", KEYFILE: "", DEFAULT: ""}),
     (UBUNTU, {"etc/cloud/cloud.cfg.d/90_dpkg.cfg": "# a\n---\ndatasource_list: [None]\n"}),
 ]
 
@@ -182,7 +182,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, match("Driver=virtio_net"), "is for virtio_net"),
     (NETWORKD, match("PermanentMACAddress=0022.48aa.bbcc"), "is for PermanentMACAddress="),
     (UBUNTU, plan("a: {match: {name: ens*}, dhcp4: yes}"), r"is for ens\*"),
-    (RHEL, profile(f"[ethernet]\nmac-address={MAC}"), "is for mac-address="),
+    (RHEL, keyfile(f"[ethernet]\nmac-address={MAC}"), "is for mac-address="),
     (RHEL_8, {IFCFG: "DEVICE=ens192\nBOOTPROTO=dhcp\n"}, "is for ens192"),
     (RHEL_8, {IFCFG: f"HWADDR={MAC}\nBOOTPROTO=dhcp\n"}, "is for HWADDR="),
     (SLES, {SUSE.replace("eth0", "ens3"): "BOOTPROTO=dhcp\n", SUSE: ""}, "is for ens3"),
@@ -201,43 +201,47 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD_BY_PRESET, {"etc/machine-id": "\n"}, "networkd.service is not enabled", NETWORK),
     (UBUNTU, {GENERATOR: ""}, f"netplan is not installed: {NONE}", NETPLAN),
     (NETWORKD, {NETWORK: NETWORKD[NETWORK].replace("yes", "IPv4")}, "has no DHCP=yes"),
-    (RHEL, {**profile("autoconnect=False"), DEFAULT: ""}, "has autoconnect=false", PROFILE),
+    (RHEL, {**keyfile("autoconnect=False"), DEFAULT: ""}, "has autoconnect=false", KEYFILE),
     *(
-        (RHEL, {IFCFG: f"DEVICE=eth0\n{why}=no\n{dhcp}", PROFILE: "", DEFAULT: ""}, says)
+        (RHEL, {IFCFG: f"DEVICE=eth0\n{why}=no\n{dhcp}", KEYFILE: "", DEFAULT: ""}, says)
         for why, dhcp, says in (
             ("ONBOOT", "BOOTPROTO=dhcp", "is not started at boot"),
             ("NM_CONTROLLED", "BOOTPROTO=dhcp", "has NM_CONTROLLED=no"),
             ("DEFROUTE", "BOOTPROTO=none", "has no BOOTPROTO=dhcp"),
         )
     ),
-    (RHEL, {PROFILE: "", f"{PROFILE}~": RHEL[PROFILE]}, "no profile for eth0", NM_MAIN),
+    (RHEL, {KEYFILE: "", f"{KEYFILE}~": RHEL[KEYFILE]}, "no profile for eth0", NM_MAIN),
     (RHEL_8, {IFCFG: "", f"{IFCFG}.rpmsave": RHEL_8[IFCFG]}, "no profile for eth0", NM_MAIN),
-    (RHEL, {PROFILE: f"{RHEL[PROFILE]}# 0644"}, "chmod 600"),
-    (RHEL, {NM_CONF: UNMANAGED}, NONE, PROFILE),
+    (RHEL, {KEYFILE: f"{RHEL[KEYFILE]}# 0644"}, "chmod 600"),
+    (RHEL, {NM_CONF: UNMANAGED}, NONE, KEYFILE),
     (DEBIAN, {INTERFACES: "source-directory more\n", f"{MORE}/a.bak": STANZA}, NONE, "etc"),
-    (RHEL, {NM_CONF: DEVICE % "interface-name:eth*;driver:veth"}, NONE, PROFILE),
+    (RHEL, {NM_CONF: DEVICE % "interface-name:eth*;driver:veth"}, NONE, KEYFILE),
     (SLES, {SUSE: "BOOTPROTO=dhcp\nSTARTMODE=manual\n"}, NONE),
     (NETWORKD, match("Name=eth0", f"[Link]\nMACAddress={MAC}"), ONE_MAC),
     (UBUNTU, plan(f"eth0: {{dhcp4: true, macaddress: {MAC}}}"), ONE_MAC),
     (NETWORKD, {RULES: f'ATTR{{address}}=="{MAC}", NAME="eth0"\n'}, "the builder's"),
     (NETWORKD, {LINK: f"[Match]\nMACAddress={MAC}\n[Link]\nName=a\n"}, "the builder's"),
-    (RHEL, profile("", f"[ethernet]\ncloned-mac-address={MAC}"), ONE_MAC),
+    (RHEL, keyfile("", f"[ethernet]\ncloned-mac-address={MAC}"), ONE_MAC),
     (RHEL_8, {IFCFG: f"{RHEL_8[IFCFG]}MACADDR={MAC}\n"}, ONE_MAC),
     (DEBIAN, {INTERFACES: f"{DEBIAN[INTERFACES]} hwaddress ether {MAC}\n"}, ONE_MAC),
     (UBUNTU, plan("a: {match: {name: eth*}, dhcp4: true}"), "second device"),
-    (NETWORKD, {**match("Name=e*"), RULES: RULE, f"{SHARED_LIB}-254.so": "-"}, "second device"),
+    (
+        NETWORKD,
+        {**match("Name=e*"), RULES: SRIOV_RULE, f"{SHARED_LIB}-254.so": "-"},
+        "second device",
+    ),
     (NETWORKD, {**match("Interface=eth0"), f"{SHARED_LIB}-243.so": "\x7fELF"}, "second device"),
-    (RHEL, {RULES: RULE.replace("mana", "veth")}, "second device", PROFILE),
+    (RHEL, {RULES: SRIOV_RULE.replace("mana", "veth")}, "second device", KEYFILE),
     (NETWORKD, {f"{NETWORK}.d/a.conf": "[DHCPv4]\nHostname=golden\n"}, FIXED, NETWORK),
     (UBUNTU, plan("eth0: {dhcp4: true, dhcp4-overrides: {hostname: golden}}"), FIXED),
-    (RHEL, profile("", "dhcp-send-hostname=false"), "sends no name"),
+    (RHEL, keyfile("", "dhcp-send-hostname=false"), "sends no name"),
     (RHEL_8, {IFCFG: f"{RHEL_8[IFCFG]}DHCP_HOSTNAME=golden\n"}, FIXED),
     (RHEL, {"etc/machine-id": "0" * 32 + "\n"}, SHARED),
     (RHEL, {"var/lib/dbus/machine-id": "0" * 32}, SHARED),
     (NETWORKD, service("azure-init.service"), "mask azure-init.service"),
     (NETWORKD, service("afterburn-checkin.service"), "mask afterburn-checkin.service"),
     (NETWORKD, {**service("a.service", "/usr/bin/python3 -I /opt/a"), **REPORTS}, "mask a.service"),
-    (NO_KEYS, {"etc/rc.local": KEYGEN}, "nobody can log in", f"{LIB}/sshd.service"),
+    (NO_KEYS, {"etc/rc.local": KEYGEN_FIX}, "nobody can log in", f"{LIB}/sshd.service"),
     (NO_KEYS, {"etc/rc.local": "#!/bin/sh\n# ssh-keygen\n"}, "nobody", f"{LIB}/sshd.service"),
     (UBUNTU, {f"{MODULES}builtin": ""}, "no nvme", f"{MODULES}dep"),
 ]
@@ -263,7 +267,7 @@ class CheckTest(unittest.TestCase):
                 path.symlink_to(content[3:])
             else:
                 path.write_bytes(content.encode())
-                private = name.startswith(PROFILE) and "# 0644" not in content
+                private = name.startswith(KEYFILE) and "# 0644" not in content
                 mode = 0o600 if private else 0o644
                 path.chmod(0o755 if content.startswith("#!") else mode)
         return problems(str(self.root))
@@ -274,7 +278,7 @@ class CheckTest(unittest.TestCase):
         return done.returncode, done.stdout.decode("ascii")
 
     def test_sound_trees_get_no_line(self) -> None:
-        for base in SOUND:
+        for base in SOUND_TREE:
             self.assertEqual(self.tree(base), [])
         for base, files in ALSO_SOUND:
             with self.subTest(files=files):
@@ -305,7 +309,7 @@ class CheckTest(unittest.TestCase):
         yaml = b"a: &a {b: &b [c" + b", *a, *b" * 99
         garbages = (bytes(range(256)), b"[" * 999, b"{a: [" * 999, b"\n" * 99999, b"- " * 999, yaml)
         for garbage in garbages:
-            for base in SOUND:
+            for base in SOUND_TREE:
                 self.tree(base)
                 for path in (self.root / name for name in base):
                     if path.is_file() and not path.is_symlink():
@@ -314,14 +318,14 @@ class CheckTest(unittest.TestCase):
 
     def test_what_cannot_be_read_is_a_problem(self) -> None:
         self.tree(RHEL)
-        (self.root / PROFILE).chmod(0)
+        (self.root / KEYFILE).chmod(0)
         user = os.geteuid()
         os.seteuid(user or 65534)
         try:
             found = problems(str(self.root))
         finally:
             os.seteuid(user)
-        self.assertIn(f"/{PROFILE}: cannot be read, so it was not checked: run it as root", found)
+        self.assertIn(f"/{KEYFILE}: cannot be read, so it was not checked: run it as root", found)
 
     def test_all_problems_are_told_at_once_and_status_says_whether_there_are_any(self) -> None:
         self.tree(NETWORKD)

@@ -39,7 +39,7 @@ HEADERS = [
     b"Content-Length:", b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b": x", b"\0",
     b"X: " + b"y" * 70000, b"X: 1\r\n" * 120, b"X: a\rSet: b", b"Content-Type: text/xml; a=\xff",
 ]
-NAMES = [
+ODD_NAMES = [
     b"myset_0", b"-web", b"a b", b"a\nb", b"x" * 65, b"x" * 64, b"a..b", b"", b"\xff", b"\xc3\xa9",
     b"--help", b"$(reboot)", b"a\0b", b"<html>502</html>", b"\r\n web \r\n", b"x" * 1048577,
 ]
@@ -82,7 +82,7 @@ class FuzzedAzure(FakeAzure):
     def odd_answer(self, good: bytes) -> Answer:
         """How to answer, where the platform would send GOOD."""
         pick = self.random
-        for name, others in ((b"c-1", IDS), (b"web-prod-01", NAMES)):
+        for name, others in ((b"c-1", IDS), (b"web-prod-01", ODD_NAMES)):
             good = good.replace(name, pick.choice([name, pick.choice(others)]))
         noise = bytes(pick.getrandbits(8) for _ in range(pick.randrange(300)))
         answers = [noise, self.mutate(http(good)), self.compose(good)]
@@ -104,7 +104,7 @@ class FuzzedAzure(FakeAzure):
     def compose(self, good: bytes) -> bytes:
         """An answer of odd parts, whose framing is often right, so that the body is read."""
         pick = self.random
-        body = pick.choice([good, self.mutate(good), pick.choice(NAMES), BOMB, b"<a/>" * 1000])
+        body = pick.choice([good, self.mutate(good), pick.choice(ODD_NAMES), BOMB, b"<a/>" * 1000])
         headers = [pick.choice(HEADERS) for _ in range(pick.choice([0, 0, 1, 2, 3]))]
         framing = pick.choice(["length", "length", "chunks", "none"])
         if framing == "length":

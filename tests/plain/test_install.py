@@ -31,21 +31,26 @@ realpath, os.path.realpath = os.path.realpath, os.path.basename
 exec(sys.argv.pop(1))' "$5" "$6" "$7"
 """
 HIDING = REAL_PYTHON % 'sys.modules["http.client"] = None'
-ELSEWHERE = REAL_PYTHON % 'os.path.realpath, sys.executable, sys.__file__ = realpath, "", "/root/a"'
+OTHER_PYTHON = (
+    REAL_PYTHON % 'os.path.realpath, sys.executable, sys.__file__ = realpath, "", "/root/a"'
+)
 
 # Shells that the installer is run with, where they are installed; the last with its own tools.
 SHELLS = (["/bin/sh"], ["dash"], ["bash", "--posix"], ["busybox", "sh"])
 APPLETS = ("cat", "chmod", "cp", "dirname", "id", "ln", "mkdir", "mv", "readlink", "rm", "sed")
 
 UNFIT = "cannot run the script, which needs all of Python 3.6 or newer: "
-HIDDEN = "hidden from the unit, or cleaned at boot"
+HIDDEN_PLACES = "hidden from the unit, or cleaned at boot"
 # Files and variables that are refused, and what is said.
 REFUSED: Tuple[Tuple[Dict[str, str], Dict[str, str], str], ...] = (
     ({}, {"PREFIX": "usr"}, "not an absolute path without '..': usr"),
     ({}, {"PYTHON": "/usr/../bin/python3"}, "not an absolute path"),
     *(({}, {"PREFIX": f"/a{character}"}, "letters, digits") for character in " \n\t%$&|\\'\"é*;"),
-    *(({}, {"PREFIX": f"{path}/a"}, HIDDEN) for path in ("/home", "/root", "/tmp", "/var/tmp")),
-    ({PYTHON: ELSEWHERE}, {}, f"/root/a is under /root: {HIDDEN}"),
+    *(
+        ({}, {"PREFIX": f"{path}/a"}, HIDDEN_PLACES)
+        for path in ("/home", "/root", "/tmp", "/var/tmp")
+    ),
+    ({PYTHON: OTHER_PYTHON}, {}, f"/root/a is under /root: {HIDDEN_PLACES}"),
     ({}, {"DESTDIR": str(SCRIPT)}, "is not a directory; for a disk image: systemd-dissect --mount"),
     ({}, {"DESTDIR": f"{ROOT}\n"}, "control character"),
     ({SCRIPT_PATH + "/file": ""}, {}, "is a directory"),

@@ -14,11 +14,11 @@ import azure_provision
 from tests.plain.harness import ScriptTest, StandIns, logged
 
 HEADER = b"Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
-LOOPBACK = 1  # the index of the interface that plays the one that leads to Azure
+LO_INDEX = 1  # the index of the interface that plays the one that leads to Azure
 
 
-def tool(*answers: Tuple[str, str]) -> str:
-    """A tool that knows the arguments of ANSWERS, and what it does for each."""
+def stand_in(*answers: Tuple[str, str]) -> str:
+    """A stand-in that knows the arguments of ANSWERS, and what it does for each."""
     cases = "".join(f"'{arguments}') {action};; " for arguments, action in answers)
     return f'case "$*" in {cases} *) echo Unknown operation >&2; exit 1;; esac'
 
@@ -31,22 +31,26 @@ def networkctl(version: int, state: str = "configured") -> str:
         answers.append(("--no-legend list lo", f"echo '  1 lo loopback carrier {state}'"))
     if version >= 244:
         answers.append(("reconfigure lo", ":"))
-    return tool(*answers)
+    return stand_in(*answers)
 
 
 def nmcli(state: str = "100 (connected)") -> str:
     """An nmcli whose lo is in STATE."""
-    return tool(("-g GENERAL.STATE device show lo", f"echo '{state}'"), ("device connect lo", ":"))
+    return stand_in(
+        ("-g GENERAL.STATE device show lo", f"echo '{state}'"), ("device connect lo", ":")
+    )
 
 
 def ifup(state: str) -> str:
     """A systemctl of ifupdown whose ifup@lo.service is in STATE."""
-    return tool(("is-active ifup@lo.service", f"echo '{state}'"), ("restart ifup@lo.service", ":"))
+    return stand_in(
+        ("is-active ifup@lo.service", f"echo '{state}'"), ("restart ifup@lo.service", ":")
+    )
 
 
 NETWORKCTL, RECONFIGURE = networkctl(252), "networkctl reconfigure lo"
-IFQUERY = tool(("--state lo", "echo lo=lo"))
-DHCPCD = tool(("-U lo", "printf 'broadcast_address=10.0.0.255\\ninterface=lo\\n'"))
+IFQUERY = stand_in(("--state lo", "echo lo=lo"))
+DHCPCD = stand_in(("-U lo", "printf 'broadcast_address=10.0.0.255\\ninterface=lo\\n'"))
 
 
 def route(interface: bytes, metric: int = 100, prefix: str = "0.0.0.0/0") -> bytes:
@@ -58,7 +62,7 @@ def route(interface: bytes, metric: int = 100, prefix: str = "0.0.0.0/0") -> byt
     return line % (interface, destination, metric, mask)
 
 
-def address_event(index: int = LOOPBACK, kind: int = 20) -> bytes:
+def address_event(index: int = LO_INDEX, kind: int = 20) -> bytes:
     """An RTM_NEWADDR for the interface INDEX, as rtnetlink(7) has it."""
     return struct.pack("=IHHIIBBBBI", 24, kind, 0, 0, 0, socket.AF_INET, 24, 0, 0, index)
 

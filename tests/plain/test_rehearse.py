@@ -32,7 +32,7 @@ def frame(*options: Tuple[int, bytes], kind: int = 3) -> bytes:
     return bytes(12) + b"\x08\x00" + ip + udp + message
 
 
-class DhcpTest(unittest.TestCase):
+class DhcpParserTest(unittest.TestCase):
     def parsed(self, *options: Tuple[int, bytes]) -> DhcpRequest:
         request = parse_dhcp(frame(*options), 1.5)
         assert request is not None
@@ -92,7 +92,7 @@ class TextTest(unittest.TestCase):
 
 
 READY = b"<Health><State>Ready</State></Health>"
-SOUND = "goalstate 200\nhealth 200\ncompute 200"
+SOUND_REQUESTS = "goalstate 200\nhealth 200\ncompute 200"
 
 
 def request(
@@ -120,7 +120,7 @@ class FakeBoot:
         self.lines = self.console.splitlines()
 
 
-def verdict(
+def judged(
     boots: List[Any],
     reboot: Any = None,
     fate: str = "",
@@ -144,15 +144,15 @@ class VerdictTest(unittest.TestCase):
             self.assertRegex(line, "^" + pattern)
 
     def test_each_fault_fails_its_check_and_gives_the_reason(self) -> None:
-        sound, named = FakeBoot("golden myset000000", SOUND), FakeBoot("myset000000")
-        late, golden = FakeBoot("golden", SOUND), FakeBoot("golden")
+        sound, named = FakeBoot("golden myset000000", SOUND_REQUESTS), FakeBoot("myset000000")
+        late, golden = FakeBoot("golden", SOUND_REQUESTS), FakeBoot("golden")
         asks_again = FakeBoot("myset000000", "goalstate 200")
         refused = FakeBoot("golden", "goalstate 400 no header")
         report = request("health", "200", body=b"<Health><State>NotReady</State></Health>")
         not_ready = FakeBoot("golden", "goalstate 200", report)
         asks_name = FakeBoot("golden", "goalstate 200\nhealth 200\nname 200")
         other_agent = request("goalstate", "200", {"User-Agent": "Cloud-Init/22.4.2"})
-        two_agents = FakeBoot("golden myset000000", SOUND, other_agent)
+        two_agents = FakeBoot("golden myset000000", SOUND_REQUESTS, other_agent)
         lost = "ALERT!  LABEL=root does not exist.  Dropping to a shell!"
         no_root = FakeBoot(console=lost, prompt_time=0)
         waagent = FakeBoot("golden", console="Started walinuxagent.service")
@@ -171,7 +171,11 @@ class VerdictTest(unittest.TestCase):
             ([refused], None, ["FAIL reports Ready: refused with status 400: no header$"]),
             ([not_ready], None, ["FAIL reports Ready: it reported NotReady: <Health>"]),
             ([asks_name], None, ["FAIL takes the .* for /metadata/instance/name, not"]),
-            ([FakeBoot("myset0", SOUND)], None, ["FAIL takes the computer .*: it took myset0,"]),
+            (
+                [FakeBoot("myset0", SOUND_REQUESTS)],
+                None,
+                ["FAIL takes the computer .*: it took myset0,"],
+            ),
             ([late] * 2, named, ["FAIL publishes .*: not before .*; .*dhclient.* 'golden'"]),
             (
                 [late] * 2,
@@ -185,13 +189,13 @@ class VerdictTest(unittest.TestCase):
         ]
         for boots, reboot, expected in cases:
             with self.subTest(expected):
-                status, lines = verdict(boots, reboot)
+                status, lines = judged(boots, reboot)
                 self.assertEqual(status, (3 if "?" in expected[0][:3] else 1) if expected else 0)
                 self.assert_verdict(lines, *expected)
 
     def test_vm_that_is_still_booting_is_not_condemned(self) -> None:
         booting: Any = {"prompt_time": 0, "active_time": 159}
-        sound = FakeBoot("golden myset000000", SOUND)
+        sound = FakeBoot("golden myset000000", SOUND_REQUESTS)
         for boots in (
             [FakeBoot(**booting)],
             [FakeBoot(stage="firmware", read_bytes=0, **booting)],
@@ -199,27 +203,30 @@ class VerdictTest(unittest.TestCase):
             [FakeBoot("golden", "goalstate 200", **booting)],
             [sound, FakeBoot(**booting)],
         ):
-            status, lines = verdict(boots)
+            status, lines = judged(boots)
             self.assertEqual((status, lines[-1]), (3, rehearse.UNTOLD))
             self.assert_verdict(lines, r"\? .* still booting when the time ran out: raise --time")
 
     def test_vm_that_does_not_stay_up_fails_even_if_all_else_is_well(self) -> None:
-        sound, named = FakeBoot("golden myset000000", SOUND), FakeBoot("myset000000")
+        sound, named = FakeBoot("golden myset000000", SOUND_REQUESTS), FakeBoot("myset000000")
         for boots, reboot in (([sound], None), ([sound, sound], None), ([sound, sound], named)):
-            status, lines = verdict(boots, reboot, "Kernel panic - not syncing")
+            status, lines = judged(boots, reboot, "Kernel panic - not syncing")
             self.assertEqual(status, 1)
             self.assert_verdict(lines, "FAIL stays up: Kernel panic")
-        status, lines = verdict([FakeBoot()], fate="Kernel panic - not syncing")
+        status, lines = judged([FakeBoot()], fate="Kernel panic - not syncing")
         self.assert_verdict(lines, "FAIL asks DHCP: .* 60 s: Kernel panic", "FAIL stays up: ")
 
     def test_vhd_that_azure_refuses_fails_and_the_commands_are_told(self) -> None:
-        status, lines = verdict([], image=Image("driver=vpc", MIB, "vpc", "dynamic"))
+        status, lines = judged([], image=Image("driver=vpc", MIB, "vpc", "dynamic"))
         self.assertEqual((status, lines[-1]), (1, "It will not provision."))
         self.assert_verdict(lines, "FAIL can be uploaded: Azure refuses this VHD: dynamic")
         self.assertIn("qemu-img convert --image-opts driver=vpc -O vpc", "\n".join(lines))
 
     def test_last_line_is_the_result(self) -> None:
-        sound, unnamed = FakeBoot("golden myset000000", SOUND), FakeBoot("golden", SOUND)
+        sound, unnamed = (
+            FakeBoot("golden myset000000", SOUND_REQUESTS),
+            FakeBoot("golden", SOUND_REQUESTS),
+        )
         silent = FakeBoot(stage="firmware", console="")
         for boots, result in (
             ([sound, sound], "It will provision."),
@@ -227,7 +234,7 @@ class VerdictTest(unittest.TestCase):
             ([sound, FakeBoot("golden")], "It will not provision."),
             ([silent], "It will not provision, or not correctly."),
         ):
-            self.assertEqual(verdict(boots, FakeBoot("myset000000"))[1][-1], result)
+            self.assertEqual(judged(boots, FakeBoot("myset000000"))[1][-1], result)
 
     def test_agents_are_known_by_name_or_resource(self) -> None:
         for resource, headers, name in (
@@ -262,7 +269,7 @@ class VerdictTest(unittest.TestCase):
         name = request("instance", "200", {"": ""})
         for asked, agent in ((azure.requests[:1], "azure-init"), (azure.requests[1:], "Talos")):
             boot = FakeBoot("golden myset000000", "", *asked, name)
-            status, lines = verdict([boot, boot], FakeBoot("myset000000"))
+            status, lines = judged([boot, boot], FakeBoot("myset000000"))
             self.assertEqual(status, 0, lines)
             self.assertTrue(any(line.endswith(agent) for line in lines), lines)
 
@@ -270,8 +277,8 @@ class VerdictTest(unittest.TestCase):
         """It began at 100 s, asked DHCP at 110 s, Azure at 120 s."""
         for second, name, asked, prompt, until in (
             (False, "golden", "", 0, 250),
-            (False, "myset000000", SOUND, 0, 140),
-            (False, "myset000000", SOUND, 139, 147),
+            (False, "myset000000", SOUND_REQUESTS, 0, 140),
+            (False, "myset000000", SOUND_REQUESTS, 139, 147),
             (False, "golden", "", 104, 120),
             (False, "golden", "", 130, 160),
             (True, "golden", "", 0, 250),
@@ -296,7 +303,7 @@ class ProbeTest(unittest.TestCase):
             vm.run_tool("sleep", "60", timeout=0.1)
 
 
-class CommandLineTest(unittest.TestCase):
+class RehearseCommandTest(unittest.TestCase):
     def setUp(self) -> None:
         directory = tempfile.TemporaryDirectory(prefix="rehearse, ")
         self.addCleanup(directory.cleanup)
