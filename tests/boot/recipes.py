@@ -23,7 +23,7 @@ from tests.vm import VM, Setup, split_options
 RECIPE_TIMEOUT = 600  # seconds, for what a VM does under emulation
 
 RECIPES = "tests/recipes"
-RULE_PROBE = "etc/udev/rules.d/68-azure-sriov-unmanaged.rules"
+INSTALLED_RULE = "etc/udev/rules.d/68-azure-sriov-unmanaged.rules"
 
 # What such a VM on Azure has: Debian's cloud-init and waagent, which the recipe removes.
 AZURE_AGENTS = ["cloud-init", "waagent", "netplan.io", "isc-dhcp-client"]
@@ -147,7 +147,7 @@ class PackerTest(RecipeTest):
         command("packer", "validate", self.recipes / "packer.pkr.hcl", CHECKPOINT_DISABLE=1)
         self.packer(status=0)
         self.check(status=0)
-        self.assertTrue((self.tree.root / RULE_PROBE).exists())
+        self.assertTrue((self.tree.root / INSTALLED_RULE).exists())
         self.assertEqual(command("ls", self.tree.root / "home"), "azureuser\n")
 
         first_boot = f"systemctl disable {UNIT} && ssh-keygen -A && systemd-machine-id-setup"
@@ -172,7 +172,7 @@ echo "recipe: status $?"
 systemctl --quiet disable build.service
 rm -rf /srv/azure* /usr/local/build /etc/systemd/system/build.service
 mkdir -p /run/udev/rules.d
-sed s/mana/virtio_net/ /{RULE_PROBE} >/run/udev/rules.d/68-test.rules
+sed s/mana/virtio_net/ /{INSTALLED_RULE} >/run/udev/rules.d/68-test.rules
 interface=$(basename /sys/class/net/e*)
 properties() {{ udevadm test /sys/class/net/$interface 2>&1 | grep -c ^AZURE_UNMANAGED; }}
 echo "properties before: $(properties)"
