@@ -148,7 +148,7 @@ def accelerated_networking(image: ImageFiles) -> Iterator[str]:
         if config.fits(second) and not config.off and not left.get(config.service, True):
             fix = "match Driver=hv_netvsc instead of a name"
             if config.service == MANAGER:
-                fix = "install azure-vm-utils, or its rule 10-azure-unmanaged-sriov.rules"
+                fix = "copy tests/recipes/68-azure-sriov-unmanaged.rules to /etc/udev/rules.d"
             second_device = "is also for the second device of accelerated networking"
             yield f"{config.file}: {second_device}: a VM may lose its network: {fix}"
 

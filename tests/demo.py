@@ -46,7 +46,8 @@ def demo(machine: StandIns) -> int:
     print("\nWhat the script called, stand-ins all of them:\n")
     for call in machine.calls:
         print(f"  {call}")
-    print(f"\nReady has {'arrived' if ready else 'NOT arrived'}; exit statuses: {statuses}.")
+    print("\nNo DHCP client was asked for a new lease, as there is no route to Azure here.")
+    print(f"Ready has {'arrived' if ready else 'NOT arrived'}; exit statuses: {statuses}.")
     return 0 if ready and statuses == [0, 0] else 1
 
 

@@ -451,10 +451,16 @@ def address(text: str) -> Address:
 
 def main() -> None:
     """Serve until Ctrl-C."""
-    parser = argparse.ArgumentParser("python3 -m tests.fake_azure", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python3 -m tests.fake_azure", description=__doc__, formatter_class=raw
+    )
     listening = []
     for name, default in (("wireserver", "127.0.0.1:8080"), ("imds", "127.0.0.1:8081")):
-        parser.add_argument(f"--{name}", default=default, metavar="HOST:PORT", type=address)
+        usual = f"where it listens [{default}]"
+        parser.add_argument(
+            f"--{name}", default=default, metavar="HOST:PORT", type=address, help=usual
+        )
     for name, (host, port) in vars(parser.parse_args()).items():
         try:
             listening.append(listen((host, port)))

@@ -636,8 +636,8 @@ def main(arguments: List[str]) -> int:
         console = open_console(options.console) if options.console else None
         image = inspect(options.image)
         if image.read(0, 512)[510:] != SIGNATURE:
-            reason = f"no boot signature in its first sector ({image.format})"
-            raise VMError(f"{options.image}: not a disk: {reason}")
+            reason = f"its first sector has no boot signature ({image.format})"
+            raise VMError(f"{options.image}: nothing to boot: {reason}")
         what = f"{printable(str(options.image))}: {image.format}, {amount(image.size)}"
         rehearsal = Rehearsal(options, image, console=console)
         if image.obstacle:
@@ -658,7 +658,8 @@ def main(arguments: List[str]) -> int:
     except BrokenPipeError:  # nobody reads the output
         return 128 + signal.SIGPIPE
     except (OSError, VMError) as error:
-        reason = printable(str(error))
+        reason = printable(str(error)).partition("] ")[2] if isinstance(error, OSError) else ""
+        reason = reason or printable(str(error))
         sys.stderr.write(f"{CLEAR}python3 -m tests.rehearse: error: {reason}\n")
         return 2
 

@@ -319,7 +319,9 @@ class RehearsalTest(VMTest):
                 listener.accept()
         status, output = self.rehearse(text)
         self.assertEqual(status, 2)
-        self.assertRegex(output, r"\A.*: not a disk: no boot signature.*\n\Z")
+        self.assertRegex(
+            output, r"\A.*: nothing to boot: its first sector has no boot signature.*\n\Z"
+        )
 
     def test_commands_that_it_prints_make_a_vhd_that_azure_takes(self) -> None:
         raw = self.directory / "odd.raw"
