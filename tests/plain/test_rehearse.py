@@ -324,8 +324,9 @@ class RehearseCommandTest(unittest.TestCase):
             universal_newlines=True,
             env=dict(os.environ, PATH=path),
         )
-        self.addCleanup(process.communicate)
-        self.addCleanup(process.kill)
+        assert process.stdout is not None and process.stderr is not None
+        for clean_up in (process.stderr.close, process.stdout.close, process.wait, process.kill):
+            self.addCleanup(clean_up)
         return process
 
     def assert_refused(self, reason: str, *arguments: str) -> None:
