@@ -343,7 +343,7 @@ class RehearseCommandTest(unittest.TestCase):
         os.mkfifo(fifo)
         for reason, words in (
             ("required: IMAGE", []),
-            ("invalid choice: 3", ["--generation=3", "x"]),
+            ("invalid choice", ["--generation=3", "x"]),
             ("not the beginning of a hostname", ["--name=my_set", "x"]),
             ("unrecognized arguments", ["--time=1", "x"]),
             ("image: neither an empty file nor a", [f"--console={self.image}", self.image]),
