@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make a disk of Debian that boots in VMs of both generations, with Secure Boot, too: DIRECTORY/disk.raw
-# and disk.vhd. Needs root, and the packages mmdebstrap, fdisk, dosfstools, e2fsprogs and qemu-utils.
+# Make a disk of Debian that boots in VMs of both generations, DIRECTORY/disk.raw, and disk.vhd. Its
+# boot chain is signed for Secure Boot, which we did not try. Needs root, and the packages mmdebstrap, fdisk, dosfstools, e2fsprogs and qemu-utils.
 set -eu
 directory=${1:?usage: mmdebstrap.sh DIRECTORY [SUITE]} suite=${2:-bookworm}
 recipes=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
