@@ -77,8 +77,6 @@ TROUBLE = re.compile(
     rf"FAILED|Error\b|Kernel panic|Failed to|azure-provisioning\[|{NO_ROOT.pattern}"
 )
 
-WAAGENT = re.compile("Daemon Daemon|(?i:walinuxagent)")
-
 # Resources of IMDS whose answer holds the computer name.
 NAME_RESOURCES = ("computerName", "osProfile", "compute", "instance")
 
@@ -408,14 +406,6 @@ def absent(
         state, reason = FAIL, rehearsal.fates[boot]
     elif is_booting(boot):
         state, reason = UNSURE, "it was still booting when the time ran out: raise --timeout"
-    elif WAAGENT.search(boot.console) and boot.dhcp:
-        state, reason = (
-            UNSURE,
-            (
-                "waagent needs options of Azure's DHCP server and parts of the goal state that are "
-                "not imitated here"
-            ),
-        )
     return state, f"{what} within {boot.seconds:.0f} s: {reason}"
 
 
