@@ -159,7 +159,11 @@ CASES = [
         packages=ARM_PACKAGES,
         generation=2,
     ),
-    Case(cloud_init, ["is the only agent +cloud-init"], packages=CLOUD_INIT_PACKAGES),
+    Case(  # as Azure's own images are
+        cloud_init,
+        ["is the only agent +cloud-init, and walinuxagent"],
+        packages=(*CLOUD_INIT_PACKAGES, "waagent", "eject", "openssh-server"),
+    ),
     Case(
         waagent,
         ["takes the computer name .* from the provisioning DVD", "the only agent +walinuxagent"],

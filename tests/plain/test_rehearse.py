@@ -177,9 +177,13 @@ class VerdictTest(unittest.TestCase):
         two_agents = FakeBoot("golden myset000000", SOUND_REQUESTS, other_agent)
         lost = "ALERT!  LABEL=root does not exist.  Dropping to a shell!"
         no_root = FakeBoot(console=lost, prompt_time=0)
+        waagent = request("goalstate", "200", {"x-ms-agent-name": "WALinuxAgent"})
+        cloud_init = [request(name, "200", other_agent.headers) for name in ("health", "compute")]
+        azures = FakeBoot("golden myset000000", "", *cloud_init, waagent)
         both, renamed = [sound, sound], FakeBoot(interface="ens9")
         cases: Any = [
             (both, named, []),
+            ([azures], None, []),
             ([FakeBoot()], None, [r"\? asks DHCP: .* within 60 s: .* eth0, .* was ens3 here"]),
             ([FakeBoot(interface="")], None, [r"\? asks DHCP: .* of a name that its console"]),
             ([FakeBoot(interface="eth0")], None, ["FAIL asks DHCP: .* another interface name th"]),
