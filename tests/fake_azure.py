@@ -354,7 +354,7 @@ class FakeAzure:
             return self._provisioning(handler, body)
         method = METHODS.get(resource)
         if method is None:
-            return Status(404, "the fake WireServer does not have this")
+            return Status(404, f"the fake WireServer does not have {handler.path}")
         if handler.command != method:
             return Status(405, f"not a {method}")
         if handler.headers.get("x-ms-version") not in WIRESERVER_VERSIONS:

@@ -430,7 +430,8 @@ def reports_ready(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
         return FAIL, f"it reported NotReady: {printable(not_ready[-1].body):.300}"
     for request in reversed(boot.requests):
         if request.reason and not request.path.startswith("/metadata/"):
-            return FAIL, f"refused with status {request.status}: {request.reason}"
+            state = UNSURE if request.status == 404 else FAIL  # Azure may have it
+            return state, f"refused with status {request.status}: {request.reason}"
     return absent("no Ready", "see its console", boot, rehearsal)
 
 

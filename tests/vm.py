@@ -34,6 +34,7 @@ from tests.fake_azure import Address, FakeAzure, Request, describe
 # QEMU's user-mode network covers both of the platform's addresses. A connection to either starts a
 # relay, which hands it over to the fake and ends.
 NETWORK = "net=168.0.0.0/7,host=168.0.0.2,dhcpstart=168.0.0.15,dns=168.0.0.3,ipv6=off"
+SERVICES = ((WIRESERVER, 80), (WIRESERVER, 32526), (IMDS, 80))  # with waagent's HostGAPlugin
 RELAY = """\
 import socket, sys
 socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendmsg(
@@ -460,7 +461,7 @@ class VM:
         setup = self.setup
         relay = f"{shlex.quote(sys.executable)} -I -S relay.py".replace(",", ",,")
         forward = "".join(
-            f",guestfwd=tcp:{address}:80-cmd:{relay} {address}" for address in (WIRESERVER, IMDS)
+            f",guestfwd=tcp:{address}:{port}-cmd:{relay} {address}" for address, port in SERVICES
         )
         firmware = ["-drive", f"if=pflash,format=raw,readonly=on,file={setup.firmware}"]
         if setup.architecture == "aarch64":

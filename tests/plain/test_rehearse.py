@@ -170,6 +170,7 @@ class VerdictTest(unittest.TestCase):
         late, golden = FakeBoot("golden", SOUND_REQUESTS), FakeBoot("golden")
         asks_again = FakeBoot("myset000000", "goalstate 200")
         refused = FakeBoot("golden", "goalstate 400 no header")
+        unknown = FakeBoot("golden", "goalstate 404 not here")
         report = request("health", "200", body=b"<Health><State>NotReady</State></Health>")
         not_ready = FakeBoot("golden", "goalstate 200", report)
         asks_name = FakeBoot("golden", "goalstate 200\nhealth 200\nname 200")
@@ -193,6 +194,7 @@ class VerdictTest(unittest.TestCase):
             ([FakeBoot(stage="firmware", read_bytes=9)], None, ["FAIL asks DHCP: .*no kernel"]),
             ([golden], None, ["FAIL reaches Azure: .* unit is not enabled .* firewall"]),
             ([refused], None, ["FAIL reports Ready: refused with status 400: no header$"]),
+            ([unknown], None, [r"\? reports Ready: refused with status 404: not here$"]),
             ([not_ready], None, ["FAIL reports Ready: it reported NotReady: <Health>"]),
             ([asks_name], None, ["FAIL takes the .* for /metadata/instance/name, not"]),
             (
