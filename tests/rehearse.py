@@ -311,13 +311,15 @@ def deadline(boot: VMBoot, second: bool) -> float:
     button: hence the login prompt, and more patience if there is none.
     """
     ready, named, prompt = ready_time(boot), named_time(boot), boot.prompt_time
-    times = [event.time for events in (boot.requests, boot.dhcp) for event in events]
+    done = ready or second  # but a daemon goes on asking
+    asked = [request for request in boot.requests if not (done and agent(request) in DAEMONS)]
+    times = [event.time for events in (asked, boot.dhcp) for event in events]
     last = max(boot.started, prompt, *times)
     if not prompt and not (named if second else ready):
         pace = boot.active_time - boot.started
         return boot.active_time + max(10 if lost(boot) else 120, pace / 2)
     pace = (last if second else ready or prompt) - boot.started
-    finished = prompt and named and (ready or second)
+    finished = prompt and named and done
     return last + (max(8, pace / 3) if finished else max(10, pace))
 
 

@@ -314,6 +314,10 @@ class VerdictTest(unittest.TestCase):
             with self.subTest(second=second, name=name, asked=asked, prompt=prompt):
                 boot: Any = FakeBoot(name, asked, prompt_time=prompt)
                 self.assertEqual(rehearse.deadline(boot, second), until)
+                if second or asked:  # it is done, and waagent asks again and again
+                    waagent = request("goalstate", "200", {"x-ms-agent-name": "WALinuxAgent"})
+                    boot.requests.append(waagent._replace(time=135))
+                    self.assertEqual(rehearse.deadline(boot, second), until)
 
 
 class ProbeTest(unittest.TestCase):
