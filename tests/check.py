@@ -193,9 +193,9 @@ def identities(image: ImageFiles) -> Iterator[str]:
 
 def agents(image: ImageFiles) -> Iterator[str]:
     """Nothing else reports Ready."""
-    waagent = variables(image.read("/etc/waagent.conf"))
-    disabled = waagent.get("Provisioning.Enabled") == "n"
-    disabled = disabled or waagent.get("Provisioning.Agent") == "disabled"
+    # Since 2.2.45, of 2019, waagent ignores Provisioning.Enabled.
+    settings = variables(image.read("/etc/waagent.conf"))
+    disabled = settings.get("Provisioning.Agent") == "disabled"
     sources: List[str] = []
     for file in ["/etc/cloud/cloud.cfg", *image.list("etc/cloud/cloud.cfg.d/*.cfg")]:
         sources = words(yaml(image.read(file)), "datasource_list") or sources

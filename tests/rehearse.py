@@ -478,8 +478,10 @@ def is_the_only_agent(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if not boot.requests:
         return NOT_REACHED
     agents = sorted(filter(None, {agent(request) for request in boot.requests}))
-    if agents == ["cloud-init", "walinuxagent"]:
-        return PASS, "cloud-init, and walinuxagent, which leaves provisioning to it"
+    # waagent provisions if it says so first; or it waits for cloud-init, or leaves it to another.
+    starts = "walinuxagent" in map(agent, reports(boot, b"NotReady"))
+    if "walinuxagent" in agents and len(agents) == 2 and ("cloud-init" in agents or not starts):
+        return PASS, f"{agents[0]}; walinuxagent leaves provisioning to it"
     if len(agents) > 1:
         return FAIL, f"{len(agents)} agents talk to Azure: {', '.join(agents)}; leave one enabled"
     return PASS, agents[0] if agents else "it does not name itself"

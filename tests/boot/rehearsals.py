@@ -120,12 +120,16 @@ def cloud_init(tree: Tree) -> None:
     tree.write("etc/cloud/cloud.cfg.d/90-azure.cfg", "datasource_list: [ Azure ]\n")
 
 
-def waagent(tree: Tree) -> None:
+def waagent(tree: Tree, provisioning: str = "waagent") -> None:
     use_eth0(tree)
     tree.parameters += " net.ifnames=0"
-    settings = tree.root / "etc/waagent.conf"
-    text = settings.read_text(encoding="utf-8")
-    settings.write_text(text.replace("Agent=cloud-init", "Agent=waagent"), encoding="utf-8")
+    setting = f"s/^Provisioning.Agent=.*/Provisioning.Agent={provisioning}/"
+    command("sed", "-i", setting, tree.root / "etc/waagent.conf")
+
+
+def extensions(tree: Tree) -> None:
+    waagent(tree, "disabled")
+    install_project(tree)
 
 
 def two_agents(tree: Tree) -> None:
@@ -161,12 +165,17 @@ CASES = [
     ),
     Case(  # as Azure's own images are
         cloud_init,
-        ["is the only agent +cloud-init, and walinuxagent"],
+        ["is the only agent +cloud-init; walinuxagent leaves provisioning to it"],
         packages=(*CLOUD_INIT_PACKAGES, "waagent", "eject", "openssh-server"),
     ),
     Case(
         waagent,
         ["takes the computer name .* from the provisioning DVD", "the only agent +walinuxagent"],
+        packages=WAAGENT_PACKAGES,
+    ),
+    Case(
+        extensions,
+        ["is the only agent +custom-provisioning; walinuxagent leaves provisioning to it"],
         packages=WAAGENT_PACKAGES,
     ),
     Case(

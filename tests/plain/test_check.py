@@ -67,6 +67,7 @@ NETWORKD_BY_PRESET: Files = {
     "usr/lib/systemd/system-preset/90.preset": "enable systemd-networkd.service\n",
     "etc/machine-id": "uninitialized\n",
 }
+WAAGENT = "etc/waagent.conf"
 UBUNTU: Files = {
     GENERATOR: "#!",
     NETPLAN: "network: # {a: [b\n  ethernets:\n    a:\n      match:\n        driver: hv_netvsc\n"
@@ -79,7 +80,7 @@ UBUNTU: Files = {
     **service("cloud-init-main.service"),
     "etc/cloud/cloud.cfg.d/90_dpkg.cfg": "datasource_list:\n- NoCloud\n- None\n",
     **service("walinuxagent.service"),
-    "etc/waagent.conf": "Provisioning.Agent=disabled\n",
+    WAAGENT: "Provisioning.Agent=disabled\n",
     "var/lib/dbus/machine-id": "-> /etc/machine-id",
 }
 RHEL: Files = {
@@ -238,6 +239,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (RHEL_8, {IFCFG: f"{RHEL_8[IFCFG]}DHCP_HOSTNAME=golden\n"}, FIXED),
     (RHEL, {"etc/machine-id": "0" * 32 + "\n"}, SHARED),
     (RHEL, {"var/lib/dbus/machine-id": "0" * 32}, SHARED),
+    (UBUNTU, {WAAGENT: "Provisioning.Enabled=n\n"}, "mask wali", f"{LIB}/walinuxagent.service"),
     (NETWORKD, service("azure-init.service"), "mask azure-init.service"),
     (NETWORKD, service("afterburn-checkin.service"), "mask afterburn-checkin.service"),
     (NETWORKD, {**service("a.service", "/usr/bin/python3 -I /opt/a"), **REPORTS}, "mask a.service"),

@@ -181,10 +181,15 @@ class VerdictTest(unittest.TestCase):
         waagent = request("goalstate", "200", {"x-ms-agent-name": "WALinuxAgent"})
         cloud_init = [request(name, "200", other_agent.headers) for name in ("health", "compute")]
         azures = FakeBoot("golden myset000000", "", *cloud_init, waagent)
+        starts = request("health", "200", waagent.headers, b"<State>NotReady</State>")
+        extensions = FakeBoot("golden myset000000", SOUND_REQUESTS, waagent)
+        rivals = FakeBoot("golden myset000000", SOUND_REQUESTS, waagent, starts)
         both, renamed = [sound, sound], FakeBoot(interface="ens9")
         cases: Any = [
             (both, named, []),
             ([azures], None, []),
+            ([extensions], None, []),
+            ([rivals], None, ["FAIL is the .*: 2 agents .*: custom-provisioning, walinuxagent;"]),
             ([FakeBoot()], None, [r"\? asks DHCP: .* within 60 s: .* eth0, .* was ens3 here"]),
             ([FakeBoot(interface="")], None, [r"\? asks DHCP: .* of a name that its console"]),
             ([FakeBoot(interface="eth0")], None, ["FAIL asks DHCP: .* another interface name th"]),
