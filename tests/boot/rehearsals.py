@@ -165,7 +165,7 @@ CASES = [
     ),
     Case(  # as Azure's own images are
         cloud_init,
-        ["is the only agent +cloud-init; walinuxagent leaves provisioning to it"],
+        ["is the only agent +cloud-init"],
         packages=(*CLOUD_INIT_PACKAGES, "waagent", "eject", "openssh-server"),
     ),
     Case(
@@ -175,7 +175,7 @@ CASES = [
     ),
     Case(
         extensions,
-        ["is the only agent +custom-provisioning; walinuxagent leaves provisioning to it"],
+        ["is the only agent +custom-provisioning"],
         packages=WAAGENT_PACKAGES,
     ),
     Case(
