@@ -17,57 +17,40 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import IO, Any, Callable, Iterator, List, Optional, Tuple
 
 from tests.fake_azure import FakeAzure, Request, Reset, Slow, Status
 from tests.vm import (
     GPT,
     MIB,
     SIGNALS,
+    UNSHARE,
     VM,
     Image,
     Setup,
     VMBoot,
     VMError,
     efi_loaders,
-    has_private_network,
     inspect,
     printable,
     run_tool,
+    succeeds,
 )
 
-# The code of EFI firmware without Secure Boot; it keeps its variables in memory.
-FIRMWARE = {
-    "x86_64": (
-        "/usr/share/OVMF/OVMF_CODE_4M.fd",  # Debian, Ubuntu
-        "/usr/share/OVMF/OVMF_CODE.fd",  # Debian 11, Ubuntu 20.04
-        "/usr/share/edk2/ovmf/OVMF_CODE.fd",  # Fedora, RHEL
-        "/usr/share/edk2/x64/OVMF_CODE.4m.fd",  # Arch
-        "/usr/share/qemu/ovmf-x86_64-code.bin",  # openSUSE
-        "/usr/share/edk2-ovmf/OVMF_CODE.fd",  # Gentoo
-        "/usr/share/qemu/edk2-x86_64-code.fd",  # QEMU itself, Alpine
-    ),
-    "aarch64": (
-        "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd",  # Debian, Ubuntu
-        "/usr/share/edk2/aarch64/QEMU_EFI.fd",  # Fedora, RHEL
-        "/usr/share/qemu/edk2-aarch64-code.fd",  # QEMU itself, Alpine
-    ),
-}
-FIRMWARE_PACKAGE = {"x86_64": "ovmf", "aarch64": "qemu-efi-aarch64"}  # of Debian
 CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
 
-# Programs that end at once. A boot sector: mov al, 0xfe; out 0x64, al; hlt. And code that calls
-# PSCI's SYSTEM_OFF: movz w0, 8; movk w0, 0x8400, lsl 16; hvc 0.
-SIGNATURE = b"\x55\xaa"
-RESET_SECTOR = b"\xb0\xfe\xe6\x64\xf4".ljust(510, b"\0") + SIGNATURE
-POWER_OFF_CODE = bytes.fromhex("00018052 0080b072 020000d4")
+# Firmware that ends at once. For x86, where its last 16 bytes are run first: mov al, 0xfe;
+# out 0x64, al. And a call of PSCI's SYSTEM_OFF: movz w0, 8; movk w0, 0x8400, lsl 16; hvc 0.
+ENDS_AT_ONCE = {
+    "x86_64": bytes.fromhex("b0fe e664").ljust(16, b"\0").rjust(64 * 1024, b"\0"),
+    "aarch64": bytes.fromhex("00018052 0080b072 020000d4"),
+}
 KVM_TIMEOUT = 1  # second; ten times what it takes where KVM works
 TIMEOUTS = {"kvm": 180, "tcg": 600}  # seconds, for each boot
 
 NAME_PREFIX = r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z"  # six digits follow: hostname(7)
 POWER_OFF_TIMEOUT = 20  # seconds; long enough for a journal of 5 s to reach the disk
 LOADED = 16 * MIB  # has been read from the disk once a kernel is loaded
-MAX_RESETS = 2  # the first boot of some images ends with one
 CONSOLE_LINES = 6  # of trouble, and of the end, that are shown with a verdict
 NO_ROOT = re.compile(
     r"Unable to mount root|Gave up waiting for root|ALERT! .* does not exist|emergency (mode|shell)"
@@ -86,8 +69,7 @@ NAME_RESOURCES = ("computerName", "osProfile", "compute", "instance")
 AGENT_NAMES = ("cloud-init", "afterburn", "azure-init", "walinuxagent", "custom-provisioning")
 DAEMONS = ("walinuxagent",)  # which talk to the WireServer for as long as the VM runs
 
-TERMINAL = os.isatty(1)
-CLEAR = "\r\x1b[K" if TERMINAL else ""  # the line that shows that we are alive
+CLEAR = "\r\x1b[K" if os.isatty(1) else ""  # the line that shows that we are alive
 
 
 def tell(text: str) -> None:
@@ -100,12 +82,8 @@ def tell(text: str) -> None:
 def find_setup(image: Image, generation: int) -> Tuple[Setup, str]:
     """How to run the VMs, and a line that tells it; raises VMError if it cannot be done."""
     generation, architecture, why = choose_machine(image, generation)
-    firmware = next(filter(os.path.exists, FIRMWARE[architecture]), "")
-    if generation == 2 and not firmware:
-        package = FIRMWARE_PACKAGE[architecture]
-        raise VMError(f"there is no EFI firmware (in Debian: apt install {package})")
     run_tool(f"qemu-system-{architecture}", "--version")  # raises VMError if there is none
-    setup = Setup(generation, "kvm", has_private_network(), firmware, architecture)
+    setup = Setup(generation, "kvm", succeeds(*UNSHARE, "true"), architecture)
     how = "KVM"
     if not runs_guest(setup, KVM_TIMEOUT):
         setup, how = setup._replace(accelerator="tcg"), "emulated, as KVM does not run a guest here"
@@ -115,57 +93,39 @@ def find_setup(image: Image, generation: int) -> Tuple[Setup, str]:
 
 def choose_machine(image: Image, generation: int) -> Tuple[int, str, str]:
     """The generation of the VM, unless it is given; the architecture; and how that is known."""
-    found = efi_loaders(image)
-    if found == ["aarch64"]:
+    loaders, bios = efi_loaders(image), any(image.read(0, 512)[:440])
+    if loaders == {"aarch64"}:
         if generation == 1:
             raise VMError("Arm64 VMs are of generation 2")
         return 2, "aarch64", "it has EFI/BOOT/BOOTAA64.EFI: Arm64"
-    bios = any(image.read(0, 512)[:440])
     if generation:
         return generation, "x86_64", "as you say"
-    if found and bios:
-        return 2, "x86_64", "Azure's default; it can boot as generation 1, too"
-    if found:
-        return 2, "x86_64", "it has EFI/BOOT/BOOTX64.EFI"
+    efi = "EFI/BOOT/BOOTX64.EFI"
+    if loaders:
+        return 2, "x86_64", f"it has {efi}{', and BIOS boot code, too' if bios else ''}"
     if bios:
-        return 1, "x86_64", "it has BIOS boot code, and no EFI/BOOT/BOOTX64.EFI"
-    return 2, "x86_64", "Azure's default; it has neither EFI/BOOT/BOOTX64.EFI nor BIOS boot code"
+        return 1, "x86_64", f"it has BIOS boot code, and no {efi}"
+    return 2, "x86_64", f"Azure's default; it has neither {efi} nor BIOS boot code"
 
 
 def runs_guest(setup: Setup, timeout: float) -> bool:
     """Whether a guest runs, and ends within TIMEOUT s; that /dev/kvm opens would prove little."""
-    arm = setup.architecture == "aarch64"
-    with tempfile.NamedTemporaryFile(prefix="azure-vm-") as program:
-        program.write(POWER_OFF_CODE if arm else RESET_SECTOR)
-        program.flush()
-        drive = ("-drive", f"file.filename={program.name},format=raw")
-        how = ("-bios", program.name) if arm else drive
-        with contextlib.suppress(VMError):
-            run_tool(*setup._replace(generation=1).machine(), "-no-reboot", *how, timeout=timeout)
-            return True
-    return False
+    with tempfile.NamedTemporaryFile(prefix="azure-vm-") as firmware:
+        firmware.write(ENDS_AT_ONCE[setup.architecture])
+        firmware.flush()
+        words = ("-no-reboot", "-bios", firmware.name)
+        return succeeds(*setup.machine(), *words, timeout=timeout)
 
 
-def amount(size: int) -> str:
-    """A size, not rounded."""
-    return f"{size:,} bytes" if size % MIB else f"{size // MIB:,} MiB"
-
-
-def upload_commands(path: Path, image: Image) -> List[str]:
+def upload_commands(image: Image) -> List[str]:
     """The commands that make of an image the VHD that Azure takes."""
-    name, source = shlex.quote(printable(str(path))), f"-f {image.format} "
-    if image.format == "vpc":
-        name, source = shlex.quote(printable(image.options)), "--image-opts "
-    commands = []
+    source, commands = f"--image-opts {shlex.quote(printable(image.options))}", []
     if image.size % MIB:
-        if image.format != "raw":
-            commands.append(f"qemu-img convert {source}{name} -O raw disk.raw")
-            name, source = "disk.raw", "-f raw "
-        commands.append(f"truncate -s %1M {name}")
+        commands = [f"qemu-img convert {source} -O raw disk.raw", "truncate -s %1M disk.raw"]
         if image.read(0, 512)[450] == GPT:
-            commands.append(f"sfdisk --relocate gpt-bak-std {name}")
-    fixed = "-O vpc -o subformat=fixed,force_size disk.vhd"
-    return [*commands, f"qemu-img convert {source}{name} {fixed}"]
+            commands.append("sfdisk --relocate gpt-bak-std disk.raw")
+        source = "-f raw disk.raw"
+    return [*commands, f"qemu-img convert {source} -O vpc -o subformat=fixed,force_size disk.vhd"]
 
 
 def add_faults(azure: FakeAzure) -> None:
@@ -195,12 +155,10 @@ class Rehearsal:
         self.options, self.image, self.setup, self.console = options, image, setup, console
         self.boots: List[VMBoot] = []  # the first boot of each VM
         self.reboot: Optional[VMBoot] = None  # the second boot of the second VM
-        self.fates: Dict[VMBoot, str] = {}  # why a VM ended early
         self._events: Any = queue.Queue()  # of a time, a source and a text, from any thread
 
-    @property
-    def last(self) -> VMBoot:
-        return self.reboot or self.boots[-1]
+    def all_boots(self) -> List[VMBoot]:
+        return [*self.boots, self.reboot] if self.reboot else self.boots
 
     def run(self) -> None:
         """Boot two VMs, and the second one again; stop when nothing more can be learned."""
@@ -212,7 +170,7 @@ class Rehearsal:
                 with self.power_on(vm, f"VM {number + 1}, first boot") as boot:
                     self.boots.append(boot)
                     self.watch(boot, second=False)
-                    if not ready_time(boot) or self.fates:
+                    if boot.fate or not ready_time(boot):
                         return
                     if number == 1:
                         self.shut_down(boot)
@@ -243,18 +201,12 @@ class Rehearsal:
     def watch(self, boot: VMBoot, second: bool) -> None:
         """Watch BOOT until nothing more is to be expected of it."""
         latest = boot.started + self.options.timeout
-        while not (boot.off.is_set() or boot.panic or boot.resets > MAX_RESETS):
+        while not boot.fate:
             remaining = min(deadline(boot, second), latest) - time.monotonic()
             if remaining <= 0:
                 break
             self.step(boot, min(remaining, 0.5))
         boot.check()
-        if boot.panic:
-            self.fates[boot] = boot.panic
-        elif boot.off.is_set():
-            self.fates[boot] = "the VM turned itself off"
-        elif boot.resets > MAX_RESETS:
-            self.fates[boot] = "the VM resets again and again"
 
     def step(self, boot: VMBoot, timeout: float) -> None:
         """Show the next event, if there is one within TIMEOUT s, or else that we are alive."""
@@ -264,7 +216,7 @@ class Rehearsal:
             self.show_event(*self._events.get(timeout=timeout))
         except queue.Empty:
             boot.check()
-            if TERMINAL:
+            if CLEAR:
                 state = "Ready" if ready_time(boot) else "DHCP" if boot.dhcp else boot.stage
                 spent = time.monotonic() - boot.started
                 os.write(1, f"{CLEAR}{spent:7.0f} s  {state}".encode("ascii"))
@@ -334,10 +286,6 @@ def is_booting(boot: VMBoot) -> bool:
     return not boot.prompt_time and idle < max(30, boot.seconds / 4)
 
 
-def is_silent(boot: VMBoot) -> bool:
-    return boot.stage == "firmware"
-
-
 def seconds(boot: VMBoot, at: float) -> str:
     return f"after {at - boot.started:.1f} s"
 
@@ -351,23 +299,20 @@ VHD_HEADING = "The VHD that Azure takes:"
 UNTOLD = "It could not be told whether it will provision."
 
 
-def can_be_uploaded(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    image = rehearsal.image
+def can_be_uploaded(image: Image) -> Outcome:
     if image.obstacle:
         return FAIL, f"Azure refuses this VHD: {image.obstacle}"
     if image.format == "vpc":
         return PASS, "a VHD of fixed size, in whole MiB"
-    size = f" of {amount(image.size)}, not whole MiB" if image.size % MIB else ""
-    return PASS, f"once it is a VHD; now it is {image.format}{size}"
+    return PASS, f"once it is a VHD of fixed size, in whole MiB; now it is {image.format}"
 
 
 def asks_dhcp(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    setup, first = rehearsal.setup, rehearsal.boots[0]
-    here = boot.interface or "of a name that its console does not tell"
+    setup, first, what = rehearsal.setup, rehearsal.boots[0], "no DHCP request"
+    here, state = boot.interface or "of a name that its console does not tell", FAIL
     if boot.dhcp:
-        remark = f", on {boot.interface}" if boot.interface else ""
-        return PASS, f"{seconds(boot, boot.dhcp[0].time)}, by {boot.dhcp[0].client}{remark}"
-    what = "no DHCP request"
+        on = f", on {boot.interface}" if boot.interface else ""
+        return PASS, seconds(boot, boot.dhcp[0].time) + on
     if lost(boot):
         reason = "the system does not find its root file system: see its console"
         if boot is not first and setup.generation == 2:
@@ -376,36 +321,35 @@ def asks_dhcp(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
                 "initramfs lacks the driver nvme, or something names a disk by /dev/vda or the like"
             )
         return FAIL, f"{what} within {boot.seconds:.0f} s: {reason}"
-    if is_silent(boot):
-        if boot.read_bytes < LOADED:
-            other = 3 - setup.generation
-            reason = f"no kernel was loaded: is it a disk of generation {other}?"
-            return absent(what, reason, boot, rehearsal)
+    if boot.stage == "firmware" and boot.read_bytes < LOADED:
+        reason = f"no kernel was loaded: is it a disk of generation {3 - setup.generation}?"
+    elif boot.stage == "firmware":
         reason = f"its console says nothing: set console={CONSOLES[setup.architecture]}, try again"
-        return absent(what, reason, boot, rehearsal, UNSURE)
-    if boot is not first:
+        state = UNSURE
+    elif boot is not first:
         reason = (
             f"it is the interface name: the network configuration is bound to {first.interface}, "
             f"as it was in VM 1. The interface is {here} here, and eth0 on Azure"
         )
-        return absent(what, reason, boot, rehearsal)
-    unbound = "there is no DHCP client, or its configuration is bound to another MAC address"
-    if boot.interface == "eth0":
-        reason = f"{unbound} or to another interface name than eth0"
-        return absent(what, reason, boot, rehearsal)
-    reason = (
-        f"its configuration may name eth0, which is Azure's name and was {here} here: "
-        f"add net.ifnames=0 and rehearse it again; or {unbound}"
-    )
-    return absent(what, reason, boot, rehearsal, UNSURE)
+    else:
+        reason = "there is no DHCP client, or its configuration is bound to another MAC address"
+        if boot.interface == "eth0":
+            reason += " or to another interface name than eth0"
+        else:
+            state, reason = (
+                UNSURE,
+                (
+                    f"its configuration may name eth0, which is Azure's name and was {here} here: "
+                    f"add net.ifnames=0 and rehearse it again; or {reason}"
+                ),
+            )
+    return absent(what, reason, boot, state)
 
 
-def absent(
-    what: str, reason: str, boot: VMBoot, rehearsal: Rehearsal, state: str = FAIL
-) -> Outcome:
+def absent(what: str, reason: str, boot: VMBoot, state: str = FAIL) -> Outcome:
     """That WHAT did not come: because the VM ended early or is not ready yet, or for REASON."""
-    if boot in rehearsal.fates:
-        state, reason = FAIL, rehearsal.fates[boot]
+    if boot.fate:
+        state, reason = FAIL, boot.fate
     elif is_booting(boot):
         state, reason = UNSURE, "it was still booting when the time ran out: raise --timeout"
     elif WAAGENT.search(boot.console) and boot.dhcp:
@@ -426,7 +370,7 @@ def reaches_azure(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
         return NOT_REACHED
     what = "it asks DHCP but sends no request"
     reason = "its unit is not enabled or cannot start, or a firewall blocks it: see its console"
-    return absent(what, reason, boot, rehearsal)
+    return absent(what, reason, boot)
 
 
 def reports_ready(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
@@ -441,7 +385,7 @@ def reports_ready(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     for request in reversed(boot.requests):
         if request.reason and not request.path.startswith("/metadata/"):
             return FAIL, f"refused with status {request.status}: {request.reason}"
-    return absent("no Ready", "see its console", boot, rehearsal)
+    return absent("no Ready", "see its console", boot)
 
 
 def takes_computer_name(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
@@ -467,12 +411,11 @@ def publishes_name(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
         return PASS, seconds(boot, named_time(boot))
     if not rehearsal.reboot or not boot.dhcp:
         return NOT_REACHED
-    last = boot.dhcp[-1]
-    return FAIL, f"not before a reboot; its client, {last.client}, sent the name {last.name!r}"
+    return FAIL, f"not before a reboot; its DHCP client sent the name {boot.dhcp[-1].name!r}"
 
 
 def speaks(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    if not is_silent(boot):
+    if boot.stage != "firmware":
         return PASS, f"{len(boot.lines)} lines"
     if boot.read_bytes < LOADED and not boot.requests:
         return NOT_REACHED
@@ -492,18 +435,20 @@ def is_the_only_agent(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
 def agent(request: Request) -> str:
     """The agent that sent REQUEST, by what it calls itself or by what no other agent asks for."""
     headers = {name.lower(): value for name, value in request.headers.items()}
-    for header in ("user-agent", "x-ms-agent-name", "x-ms-guest-agent-name"):
-        for name in AGENT_NAMES:
-            if name in headers.get(header, "").lower():
-                return name
+    names = ("user-agent", "x-ms-agent-name", "x-ms-guest-agent-name")
+    said = " ".join(headers.get(name, "") for name in names).lower()
+    for name in AGENT_NAMES:
+        if name in said:
+            return name
     if request.resource in ("versions", "telemetrydata"):
         return "walinuxagent"
     return printable(headers.get("x-ms-agent-name", ""))
 
 
 def stays_up(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    for fate in rehearsal.fates.values():
-        return FAIL, f"{fate}, {seconds(rehearsal.last, rehearsal.last.active_time)}"
+    for each in rehearsal.all_boots():
+        if each.fate:
+            return FAIL, f"{each.fate}, {seconds(each, each.active_time)}"
     return PASS, ""
 
 
@@ -526,7 +471,7 @@ def is_silent_after_a_reboot(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if any(report in asked for report in reports(reboot, b"Ready")):
         return FAIL, "it reported Ready again: the unit was not disabled (a read-only root?)"
     if not reboot.dhcp:
-        return absent("no DHCP request", "see its console", reboot, rehearsal)
+        return absent("no DHCP request", "see its console", reboot)
     if not named_time(reboot):
         name = reboot.vm.azure.computer_name
         return FAIL, f"it asks DHCP with the name {reboot.dhcp[-1].name!r}, not {name!r}"
@@ -563,29 +508,26 @@ def excerpt(boot: VMBoot) -> List[str]:
 
 def verdict(rehearsal: Rehearsal) -> Tuple[int, List[str]]:
     """The exit status, and the lines that say what was found."""
-    boots = rehearsal.boots
-    first: Any = boots[0] if boots else None
-    outcomes = [("can be uploaded", *can_be_uploaded(first, rehearsal))]
+    boots, image = rehearsal.boots, rehearsal.image
+    outcomes = [("can be uploaded", *can_be_uploaded(image))]
     for title, check in ALL_CHECKS:
-        outcomes.append((title, *(check(first, rehearsal) if boots else NOT_REACHED)))
+        outcomes.append((title, *(check(boots[0], rehearsal) if boots else NOT_REACHED)))
     lines = ["", *(f"  {state:<4}  {title:<23}  {remark}" for title, state, remark in outcomes)]
     states = [state for _, state, _ in outcomes]
-    ready = bool(boots) and bool(ready_time(boots[-1]))
-    if boots and (not ready or rehearsal.fates or UNSURE in states):
-        lines += excerpt(rehearsal.last)
-    if rehearsal.image.format != "vpc" or rehearsal.image.obstacle:
-        commands = upload_commands(rehearsal.options.image, rehearsal.image)
-        lines += ["", VHD_HEADING, *(f"  {command}" for command in commands)]
+    ready = bool(boots) and ready_time(boots[-1]) > 0
+    ended = [boot for boot in rehearsal.all_boots() if boot.fate]
+    if boots and (not ready or ended or UNSURE in states):
+        lines += excerpt((ended or rehearsal.all_boots())[-1])
+    if image.format != "vpc" or image.obstacle:
+        lines += ["", VHD_HEADING, *(f"  {command}" for command in upload_commands(image))]
+    status, result = 0, "It will provision."
     if FAIL in states:
         unsure = ", or not correctly" if UNSURE in states else ""
-        result = f"It will not provision{unsure}."
+        status, result = 1, f"It will not provision{unsure}."
         if ready:
             result = "It will provision, but not correctly."
     elif UNSURE in states:
-        result = UNTOLD
-    else:
-        result = "It will provision."
-    status = 1 if FAIL in states else 3 if UNSURE in states else 0
+        status, result = 3, UNTOLD
     return status, [line.rstrip() for line in [*lines, "", result]]
 
 
@@ -635,10 +577,10 @@ def main(arguments: List[str]) -> int:
     try:
         console = open_console(options.console) if options.console else None
         image = inspect(options.image)
-        if image.read(0, 512)[510:] != SIGNATURE:
+        if image.read(0, 512)[510:] != b"\x55\xaa":
             reason = f"its first sector has no boot signature ({image.format})"
             raise VMError(f"{options.image}: nothing to boot: {reason}")
-        what = f"{printable(str(options.image))}: {image.format}, {amount(image.size)}"
+        what = f"{printable(str(options.image))}: {image.format}, {image.size / MIB:,} MiB"
         rehearsal = Rehearsal(options, image, console=console)
         if image.obstacle:
             tell(what)
@@ -652,7 +594,7 @@ def main(arguments: List[str]) -> int:
         return status
     except KeyboardInterrupt:
         if rehearsal and rehearsal.boots:
-            tell("\n".join(excerpt(rehearsal.last)))
+            tell("\n".join(excerpt(rehearsal.all_boots()[-1])))
         tell("Stopped.")
         return 128 + SIGNALS[0]
     except BrokenPipeError:  # nobody reads the output

@@ -10,13 +10,11 @@ Times are in seconds of the monotonic clock.
 
 import contextlib
 import ctypes
-import fcntl
 import itertools
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import struct
@@ -26,7 +24,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Set, Tuple
 
 from azure_provision import AZURE_CHASSIS_ASSET_TAG, IMDS, WIRESERVER
 from tests.fake_azure import Address, FakeAzure, Request, describe
@@ -41,10 +39,11 @@ socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendmsg(
 )  # the file descriptor 0, in four bytes
 """
 
-CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000  # unshare(2)
+# Runs a command in a network namespace of its own, with only a loopback interface.
+# In a user namespace root would lose its access to the files of others.
+MAP_USER = () if os.geteuid() == 0 else ("--map-root-user",)
+UNSHARE = ("unshare", *MAP_USER, "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 PR_SET_PDEATHSIG = 1  # prctl(2)
-SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1  # netdevice(7)
-
 
 MIB = 1024 * 1024  # bytes
 FIXED_VHD, EXTERNAL_DATA = 2, 4  # the kind in a VHD's footer; a feature in a qcow2's header
@@ -55,6 +54,7 @@ MAX_SEARCH, SEARCH_STEP = 4 * 1024 * 1024, 128 * 1024  # sectors
 KERNEL = re.compile(r"Linux version |^\[ *\d+\.\d{6}\] ")
 PROMPT = re.compile(r"(?<!Last )\blogin:")
 LONGEST_LINE = 4096  # bytes, of a console
+MAX_RESETS = 2  # the first boot of some images ends with one
 
 
 class VMError(Exception):
@@ -81,25 +81,6 @@ class Door(socket.socket):
         return socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, descriptor), ("guest", 0)
 
 
-def enter_private_network() -> None:
-    """Move this process into a network namespace of its own, with only a loopback interface.
-
-    Raises OSError if the kernel does not let this user have one.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNET) and libc.unshare(CLONE_NEWUSER | CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "unshare")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
-
-
-def has_private_network() -> bool:
-    """Whether this user may have a network namespace."""
-    with contextlib.suppress(subprocess.SubprocessError):
-        return subprocess.call(["true"], preexec_fn=enter_private_network) == 0
-    return False
-
-
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, however it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -114,31 +95,24 @@ class DhcpRequest(NamedTuple):
     time: float
     kind: str  # "DISCOVER", "REQUEST" or "INFORM"
     name: str  # option 12, or else 81; empty if there is neither
-    client: str  # as far as its options tell: "systemd-networkd"
 
 
-KINDS = {b"\1": "DISCOVER", b"\3": "REQUEST", b"\x08": "INFORM"}  # option 53
+KINDS = {b"\1": "DISCOVER", b"\3": "REQUEST", b"\x08": "INFORM"}  # option 53, of a client
+COOKIE = b"\x63\x82\x53\x63"  # the options follow it
 PADDING, END = 0, 255
 
 
 def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
     """The message of a DHCP client in an Ethernet frame; None if it is something else."""
-    if frame[12:14] != b"\x08\x00" or frame[23:24] != b"\x11":  # not UDP over IPv4
-        return None
-    udp = 14 + 4 * (frame[14] & 15)
-    message = frame[udp + 8 :]
-    if frame[udp + 2 : udp + 4] != b"\x00\x43" or message[236:240] != b"\x63\x82\x53\x63":
-        return None
     options = {}
-    rest = iter(message[240:])
+    rest = iter(frame.partition(COOKIE)[2])
     for code in itertools.takewhile(lambda code: code != END, rest):
         if code != PADDING:
             options[code] = bytes(itertools.islice(rest, next(rest, 0)))
     kind = KINDS.get(options.get(53, b""))
     if not kind or options.get(60, b"").startswith(b"PXEClient"):  # the firmware, not the image
         return None
-    name = options.get(12, b"") or fqdn(options.get(81, b""))
-    return DhcpRequest(at, kind, printable(name), dhcp_client(options))
+    return DhcpRequest(at, kind, printable(options.get(12) or fqdn(options.get(81, b""))))
 
 
 def fqdn(option: bytes) -> bytes:
@@ -147,18 +121,6 @@ def fqdn(option: bytes) -> bytes:
         return option[3:]
     rest = iter(option[3:])
     return b".".join(bytes(itertools.islice(rest, length)) for length in rest if length)
-
-
-def dhcp_client(options: Dict[int, bytes]) -> str:
-    """The DHCP client that sends such options; some send their own name, as option 60."""
-    wanted = options.get(55, b"")
-    if options.get(60):
-        return printable(options[60])
-    if options.get(61, b"")[5:11] == b"\0\2\0\0\xab\x11":  # systemd's enterprise number
-        return "systemd-networkd"
-    if 249 in wanted:
-        return "NetworkManager"
-    return "dhclient" if wanted.startswith(b"\x01\x1c\x02") else "an unknown client"
 
 
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[PX^_].*?\x1b\\|.)")
@@ -184,8 +146,8 @@ class Image(NamedTuple):
     flat: Optional[Path] = None  # the file that has the disk's bytes as they are
 
     def read(self, start: int, size: int) -> bytes:
-        """SIZE bytes of the disk, or as many as it has; both in whole sectors of 512."""
-        size = min(-(-size // 512) * 512, (self.size - start) // 512 * 512)
+        """SIZE bytes of the disk, or as many as it has; START and SIZE are whole sectors."""
+        size = min(size, self.size - start)
         if size <= 0:
             return b""
         if self.flat:
@@ -197,7 +159,7 @@ class Image(NamedTuple):
         with tempfile.NamedTemporaryFile(prefix="azure-vm-") as copy:
             words = ("--force-share", "--image-opts", "-O", "raw", part, copy.name)
             run_tool("qemu-img", "convert", *words)
-            return Path(copy.name).read_bytes()
+            return copy.read()
 
 
 def inspect(path: Path) -> Image:
@@ -205,8 +167,14 @@ def inspect(path: Path) -> Image:
 
     QEMU is told the format, as it would open whatever files an image of its own choice names.
     """
-    head, footer, size = read_ends(path)
-    obstacle, options, kind = "", "", 0
+    if path.exists() and not path.is_file() and not path.is_block_device():
+        raise VMError(f"{path}: not a disk: neither a file nor a block device")
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < 512:
+            raise VMError(f"{path}: not a disk: it has {size} bytes")
+        head, footer = (os.pread(file.fileno(), 512, at) for at in (0, size - 512))
+    driver, options, obstacle = "raw", "", ""
     if footer.startswith(b"conectix"):
         # QEMU would go by the geometry, which is smaller; Azure goes by the size that is stated.
         driver, options = "vpc", "force_size_calc=current_size,"
@@ -222,54 +190,34 @@ def inspect(path: Path) -> Image:
         if backing or (version > 2 and features & EXTERNAL_DATA):
             command = "qemu-img convert -O qcow2 IMAGE FLAT"
             raise VMError(f"{path}: it has its data in another file: flatten it first: {command}")
-    else:
-        driver = "vhdx" if head.startswith(b"vhdxfile") else "raw"
+    elif head.startswith(b"vhdxfile"):
+        driver = "vhdx"
     filename = str(path.resolve()).replace(",", ",,")
     options = f"driver={driver},{options}file.filename={filename}"
     words = ("--force-share", "--output=json", "--image-opts", options)
     found = json.loads(run_tool("qemu-img", "info", *words))
-    flat = path if driver == "raw" or (driver == "vpc" and kind == FIXED_VHD) else None
+    flat = path if driver == "raw" or (driver == "vpc" and not obstacle) else None
     return Image(options, found["virtual-size"], driver, obstacle, flat)
 
 
-def read_ends(path: Path) -> Tuple[bytes, bytes, int]:
-    """The first and the last sector of the file at PATH, and its size."""
-    if path.exists() and not path.is_file() and not path.is_block_device():
-        raise VMError(f"{path}: not a disk: neither a file nor a block device")
-    with path.open("rb", 0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size < 512:
-            raise VMError(f"{path}: not a disk: it has {size} bytes")
-        file.seek(size - 512)
-        footer = file.read(512)
-        file.seek(0)
-        return file.read(512), footer, size
-
-
-def efi_loaders(image: Image) -> List[str]:
+def efi_loaders(image: Image) -> Set[str]:
     """The architectures for which a FAT partition of the disk has the loader in EFI/BOOT.
 
     Its short name is searched for, which only a directory has.
     """
-    table, found = image.read(0, 512), set()
+    table = image.read(0, 34 * 512)  # an MBR, and with it the usual place and size of a GPT
     if table[450] == GPT:
-        first, count, size = struct.unpack_from("<QII", image.read(512, 512).ljust(512), 72)
-        table = image.read(512 * first, min(count * size, 64 * 1024))
-        ends = [struct.unpack_from("<QQ", entry) for entry in cut(table[32:], max(size, 128))]
-        parts = [(start, end - start + 1) for start, end in ends if start]
+        entries = (struct.unpack_from("<QQ", table, at) for at in range(1056, len(table), 128))
+        parts = [(first, last - first + 1) for first, last in entries]
     else:
-        parts = [struct.unpack_from("<II", entry, 8) for entry in cut(table[446:510], 16)]
+        parts = [struct.unpack_from("<II", table, at) for at in range(454, 510, 16)]
+    found = set()
     for start, size in parts:
         if b"FAT" in image.read(512 * start, 512)[54:90]:
             for place in range(start, start + min(size, MAX_SEARCH), SEARCH_STEP):
                 block = image.read(512 * place, 512 * min(SEARCH_STEP, start + size - place))
                 found |= {loader for loader in LOADERS if LOADERS[loader] in block}
-    return sorted(found)
-
-
-def cut(data: bytes, size: int) -> List[bytes]:
-    """The pieces of SIZE bytes of DATA, but for a last one of less than 16."""
-    return [data[at : at + size] for at in range(0, len(data) - 15, size)]
+    return found
 
 
 def split_options(options: str) -> List[str]:
@@ -278,6 +226,9 @@ def split_options(options: str) -> List[str]:
 
 
 SIGNALS: List[int] = []  # that ask us to end: a handler that raised could interrupt the cleaning up
+
+
+PACKAGES = "apt install qemu-system-x86 qemu-utils ovmf; Arm64: qemu-system-arm qemu-efi-aarch64"
 
 
 def run_tool(*command: str, timeout: float = 60) -> str:
@@ -289,18 +240,17 @@ def run_tool(*command: str, timeout: float = 60) -> str:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
             start_new_session=True,  # Ctrl-C is for us alone
             preexec_fn=die_with_parent,
         )
     except FileNotFoundError:
-        packages = "in Debian: apt install qemu-system-x86 qemu-utils, for Arm64 qemu-system-arm"
-        raise VMError(f"{command[0]} is not installed ({packages})") from None
+        raise VMError(f"{command[0]} is not installed; in Debian: {PACKAGES}") from None
     with process:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                output, errors = (
-                    text.decode("utf-8", "replace") for text in process.communicate(timeout=0.2)
-                )
+                output, errors = process.communicate(timeout=0.2)
                 break
             if SIGNALS or time.monotonic() > latest:
                 process.kill()
@@ -310,6 +260,14 @@ def run_tool(*command: str, timeout: float = 60) -> str:
     if process.returncode:
         raise VMError((errors.strip() or command[0]).splitlines()[-1])
     return output
+
+
+def succeeds(*command: str, timeout: float = 60) -> bool:
+    """Whether a command succeeds within TIMEOUT s."""
+    with contextlib.suppress(VMError):
+        run_tool(*command, timeout=timeout)
+        return True
+    return False
 
 
 # The VM.
@@ -351,7 +309,7 @@ def make_dvd(name: bytes, content: bytes) -> bytes:
     return bytes(16 * 2048) + b"".join(sector.ljust(2048, b"\0") for sector in sectors)
 
 
-MACHINES = {1: "pc", 2: "q35"}  # of a generation
+MACHINES = {("x86_64", 1): "pc", ("x86_64", 2): "q35"}  # of a generation
 # Units of agents have ConditionVirtualization=microsoft. systemd knows Azure by DMI, but believes
 # QEMU's CPU first.
 CPUS = {
@@ -365,24 +323,42 @@ DMI = (
 )
 
 
+FIRMWARE = Path("/usr/share/qemu/firmware")  # whose format is QEMU's docs/interop/firmware.json
+
+
 class Setup(NamedTuple):
     """How this machine runs a VM."""
 
     generation: int = 1
     accelerator: str = "tcg"  # or "kvm"
     private: bool = True  # in a network of its own
-    firmware: str = "/usr/share/OVMF/OVMF_CODE_4M.fd"  # of generation 2
     architecture: str = "x86_64"  # or "aarch64"
 
     def machine(self) -> List[str]:
         """The beginning of QEMU's command line."""
-        arm = self.architecture == "aarch64"
+        machine = MACHINES.get((self.architecture, self.generation), "virt,gic-version=max")
         return [
             *(f"qemu-system-{self.architecture}", "-nodefaults", "-no-user-config"),
-            *("-display", "none", "-accel", self.accelerator),
-            *("-machine", "virt,gic-version=max" if arm else MACHINES[self.generation]),
+            *("-display", "none", "-accel", self.accelerator, "-machine", machine),
             *("-cpu", CPUS[self.architecture, self.accelerator]),
         ]
+
+    def firmware(self) -> List[str]:
+        """The options for EFI firmware without Secure Boot; raises VMError if there is none.
+
+        It keeps its variables in memory.
+        """
+        for path in sorted(FIRMWARE.glob("*.json")):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            file = found["mapping"].get("executable")
+            targets = [
+                each for each in found["targets"] if each["architecture"] == self.architecture
+            ]
+            usual = re.search("q35|virt", str(targets))  # not microvm
+            if file and usual and "secure-boot" not in found["features"]:
+                drive = "if=pflash,readonly=on,format={format},file={filename}".format(**file)
+                return ["-drive", drive]
+        raise VMError(f"there is no EFI firmware; in Debian: {PACKAGES}")
 
 
 class VM:
@@ -437,9 +413,6 @@ class VM:
         forward = "".join(
             f",guestfwd=tcp:{address}:80-cmd:{relay} {address}" for address in (WIRESERVER, IMDS)
         )
-        firmware = ["-drive", f"if=pflash,format=raw,readonly=on,file={setup.firmware}"]
-        if setup.architecture == "aarch64":
-            firmware = ["-bios", setup.firmware]
         backing = ",".join(f"backing.{option}" for option in split_options(self.image.options))
         disk = f"if=none,id=disk,cache=unsafe,driver=qcow2,file.filename=disk,{backing}"
         # The second VM is another size: of generation 2 those with NVMe disks only.
@@ -448,7 +421,7 @@ class VM:
             driver = "virtio-blk-pci"
         return [
             *setup.machine(),
-            *("-m", "1024", *(firmware if setup.generation == 2 else ())),
+            *("-m", "1024", *(setup.firmware() if setup.generation == 2 else ())),
             *("-uuid", self.azure.vm_id, "-smbios", DMI),
             *("-smbios", f"type=3,asset={AZURE_CHASSIS_ASSET_TAG}"),
             *("-chardev", "stdio,id=monitor,signal=off", "-mon", "monitor,mode=control"),
@@ -473,15 +446,15 @@ class VMBoot:
         self.lines: List[str] = []  # of the console, without control characters
         self.stage = "firmware"  # then "kernel" and "system", as far as the console tells
         self.interface = ""  # the name of its NIC, if the console tells
-        self.panic = ""  # the line of a kernel panic
+        self.fate = ""  # why it has ended by itself, if it has
         self.failure = ""  # of this machine, as QEMU reports it
-        self.resets = 0  # by the guest itself
         self.read_bytes = 0  # of its disk
         self.active_time = time.monotonic()  # when it last did something
         self.prompt_time = 0.0  # when the console last asked for a login; 0 if it did not
         self.seconds = 0.0  # that the power was on, once it is off
         self.off = threading.Event()
         self._rest = b""  # of the console: the beginning of a line
+        self._stopping = False  # it was told to end
         self._changed = threading.Condition()
         self._errors = Path(vm.path("errors"))  # of QEMU
         vm.azure.on_request = self._record
@@ -489,14 +462,14 @@ class VMBoot:
         outputs, inputs = zip(os.pipe(), os.pipe())
         with self._errors.open("wb") as errors:
             self._process: Any = subprocess.Popen(
-                vm.command(*inputs),
+                [*(UNSHARE if vm.setup.private else ()), *vm.command(*inputs)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=str(vm.directory),
                 pass_fds=inputs,
                 start_new_session=True,  # Ctrl-C is for us alone
-                preexec_fn=self._before_qemu,
+                preexec_fn=die_with_parent,
             )
         for descriptor in inputs:
             os.close(descriptor)
@@ -508,16 +481,12 @@ class VMBoot:
         for thread in self._threads:
             thread.start()
 
-    def _before_qemu(self) -> None:
-        if self.vm.setup.private:
-            enter_private_network()
-        die_with_parent()
-
     def __enter__(self) -> "VMBoot":
         return self
 
     def __exit__(self, *args: Any) -> None:
         """Cut the power; what the VM has written to its disk stays."""
+        self._stopping = True
         self._order("quit")
         if not self.off.wait(10):
             self._process.kill()
@@ -537,13 +506,12 @@ class VMBoot:
             return condition()
 
     def press_power_button(self) -> None:
+        self._stopping = True
         self._order("system_powerdown")
 
     def check(self) -> None:
         """Raise VMError if this machine has failed the VM; have QEMU tell what it has read."""
         self._order("query-blockstats")
-        if not self.failure and shutil.disk_usage(self.vm.path(".")).free < MIB:
-            self.failure = "No space left on device"
         if self.failure:
             raise VMError(f"{self.failure}: {tempfile.gettempdir()} (TMPDIR chooses another)")
         if self._process.poll():
@@ -587,7 +555,7 @@ class VMBoot:
         if self.stage == "firmware" and KERNEL.search(text):
             self.stage = "kernel"
         if "Kernel panic" in text:
-            self.panic = text[text.index("Kernel panic") :]
+            self.fate = text[text.index("Kernel panic") :]
         self._look_at(text)
         self._tell("console", text)
 
@@ -608,17 +576,19 @@ class VMBoot:
                 request = parse_dhcp(frame, time.monotonic())
                 if request:
                     self.dhcp.append(request)
-                    name = request.name or "without a name"
-                    self._tell("DHCP", f"{request.kind} {name} ({request.client})")
+                    self._tell("DHCP", f"{request.kind} {request.name or 'without a name'}")
 
     def _read_monitor(self) -> None:
         """Read QEMU's events; the stream ends with QEMU."""
         self._order("qmp_capabilities")
+        resets = 0
         for line in self._process.stdout:
             message = json.loads(line.decode("utf-8"))
             event, data = message.get("event"), message.get("data", {})
             if event == "RESET" and data.get("guest"):
-                self.resets += 1
+                resets += 1
+                if resets > MAX_RESETS:
+                    self.fate = "the VM resets again and again"
                 self._tell("VM", "reset")
             elif event == "BLOCK_IO_ERROR" and data.get("operation") == "write":
                 self.failure = str(data.get("reason"))
@@ -628,5 +598,7 @@ class VMBoot:
                     self.active_time = time.monotonic()
         self._process.wait()
         self.seconds = time.monotonic() - self.started
+        if not self._stopping:
+            self.fate = self.fate or "the VM turned itself off"
         self.off.set()
         self._tell("VM", "off")

@@ -155,7 +155,7 @@ CASES = [
     ),
     Case(
         names_eth0_and_has_it,
-        ["asks DHCP .*by dhclient, on eth0\n", "restart ifup@eth0.service"],
+        ["asks DHCP .*, on eth0\n", "restart ifup@eth0.service"],
         packages=IFUPDOWN,
     ),
     Case(
@@ -173,10 +173,10 @@ CASES = [
     Case(
         sound,
         [
-            r"vpc, 1,024 MiB, generation 1 \(.*\); .*a private network",
+            r"vpc, 1,024.0 MiB, generation 1 \(.*\); .*a private network",
             "DHCP +REQUEST rehearsal000001",
             "networkctl reconfigure ens3",
-            "asks DHCP .*by systemd-networkd, on ens3\n",
+            "asks DHCP .*, on ens3\n",
             "takes the computer name +rehearsal000000, from /metadata/instance",
             "is the only agent +custom-provisioning",
             "Linux version",
