@@ -6,7 +6,6 @@ provisioning agent. Only QEMU is needed: no privileges, no network.
 """
 
 import argparse
-import contextlib
 import os
 import queue
 import re
@@ -17,7 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any, Callable, Iterator, List, Optional, Tuple
+from typing import IO, Any, Callable, List, Optional, Tuple
 
 from tests.fake_azure import FakeAzure, Request, Reset, Slow, Status
 from tests.vm import (
@@ -67,7 +66,6 @@ NAME_RESOURCES = ("computerName", "osProfile", "compute", "instance")
 
 # Agents by their User-Agent or x-ms-agent-name; cloud-init calls itself WALinuxAgent in the latter.
 AGENT_NAMES = ("cloud-init", "afterburn", "azure-init", "walinuxagent", "custom-provisioning")
-DAEMONS = ("walinuxagent",)  # which talk to the WireServer for as long as the VM runs
 
 CLEAR = "\r\x1b[K" if os.isatty(1) else ""  # the line that shows that we are alive
 
@@ -143,49 +141,38 @@ def add_faults(azure: FakeAzure) -> None:
 
 
 class Rehearsal:
-    """The boots of an image, as far as it got."""
+    """Boots an image as two VMs, and the second one again; adds each boot to BOOTS."""
 
     def __init__(
         self,
         options: argparse.Namespace,
-        image: Image,
-        setup: Setup = Setup(),  # noqa: B008
-        console: Optional[IO[bytes]] = None,
+        setup: Setup,
+        console: Optional[IO[bytes]],
+        boots: List[VMBoot],
     ) -> None:
-        self.options, self.image, self.setup, self.console = options, image, setup, console
-        self.boots: List[VMBoot] = []  # the first boot of each VM
-        self.reboot: Optional[VMBoot] = None  # the second boot of the second VM
+        self.options, self.setup, self.console, self.boots = options, setup, console, boots
         self._events: Any = queue.Queue()  # of a time, a source and a text, from any thread
 
-    def all_boots(self) -> List[VMBoot]:
-        return [*self.boots, self.reboot] if self.reboot else self.boots
-
     def run(self) -> None:
-        """Boot two VMs, and the second one again; stop when nothing more can be learned."""
+        """Boot until nothing more can be learned."""
         image, name = self.options.image, self.options.name
         for number in range(2):
             with VM(image, self.setup, number, name, lambda *e: self._events.put(e)) as vm:
                 if self.options.faults:
                     add_faults(vm.azure)
-                with self.power_on(vm, f"VM {number + 1}, first boot") as boot:
-                    self.boots.append(boot)
-                    self.watch(boot, second=False)
-                    if boot.fate or not ready_time(boot):
+                for title in ("first boot", "second boot")[: number + 1]:
+                    identity = f"MAC address {vm.mac}, name {vm.azure.computer_name}"
+                    tell(f"\nVM {number + 1}, {title} ({identity})")
+                    with vm.boot() as boot:
+                        self.boots.append(boot)
+                        self.watch(boot)
+                        in_vain = boot.fate or not ready_time(boot)
+                        if len(self.boots) == 2 and not in_vain:
+                            self.shut_down(boot)
+                    while not self._events.empty():
+                        self.show_event(*self._events.get())
+                    if in_vain:
                         return
-                    if number == 1:
-                        self.shut_down(boot)
-                if number == 1:
-                    with self.power_on(vm, "VM 2, second boot") as self.reboot:
-                        self.watch(self.reboot, second=True)
-
-    @contextlib.contextmanager
-    def power_on(self, vm: VM, title: str) -> Iterator[VMBoot]:
-        tell(f"\n{title} (MAC address {vm.mac}, name {vm.azure.computer_name})")
-        with vm.boot() as boot:
-            self._started = boot.started
-            yield boot
-        while not self._events.empty():
-            self.show_event(*self._events.get())
 
     def show_event(self, at: float, source: str, text: str) -> None:
         """Show an event; of the console only what our own script says, and a panic."""
@@ -196,48 +183,38 @@ class Rehearsal:
             if not said:
                 return
             text = said.group(1) or said.group(2)
-        tell(f"{at - self._started:7.1f} s  {source:<7}  {text:.150}")
+        tell(f"{at - self.boots[-1].started:7.1f} s  {source:<7}  {text:.150}")
 
-    def watch(self, boot: VMBoot, second: bool) -> None:
-        """Watch BOOT until nothing more is to be expected of it."""
-        latest = boot.started + self.options.timeout
-        while not boot.fate:
-            remaining = min(deadline(boot, second), latest) - time.monotonic()
+    def watch(self, boot: VMBoot, latest: float = 0) -> None:
+        """Show what BOOT does, or that we are alive, until it ends, LATEST or its deadline."""
+        while not boot.fate and not boot.off.is_set():
+            until = latest or deadline(self.boots, self.options.timeout)
+            remaining = until - time.monotonic()
             if remaining <= 0:
                 break
-            self.step(boot, min(remaining, 0.5))
+            if SIGNALS:
+                raise KeyboardInterrupt
+            try:
+                self.show_event(*self._events.get(timeout=min(remaining, 0.5)))
+            except queue.Empty:
+                boot.check()
+                if CLEAR:
+                    state = "Ready" if ready_time(boot) else "DHCP" if boot.dhcp else boot.stage
+                    spent = time.monotonic() - boot.started
+                    os.write(1, f"{CLEAR}{spent:7.0f} s  {state}".encode("ascii"))
         boot.check()
-
-    def step(self, boot: VMBoot, timeout: float) -> None:
-        """Show the next event, if there is one within TIMEOUT s, or else that we are alive."""
-        if SIGNALS:
-            raise KeyboardInterrupt
-        try:
-            self.show_event(*self._events.get(timeout=timeout))
-        except queue.Empty:
-            boot.check()
-            if CLEAR:
-                state = "Ready" if ready_time(boot) else "DHCP" if boot.dhcp else boot.stage
-                spent = time.monotonic() - boot.started
-                os.write(1, f"{CLEAR}{spent:7.0f} s  {state}".encode("ascii"))
 
     def shut_down(self, boot: VMBoot) -> None:
         """Turn the VM off by its power button, as Azure does, or else by a power cut."""
         for _ in range(4):  # at first nobody may be there to notice
             boot.press_power_button()
-            until = time.monotonic() + POWER_OFF_TIMEOUT / 4
-            while time.monotonic() < until:
-                if boot.off.is_set():
-                    return
-                self.step(boot, 0.1)
+            self.watch(boot, time.monotonic() + POWER_OFF_TIMEOUT / 4)
+            if boot.off.is_set():
+                return
         tell("           The VM ignores its power button: its power is cut.")
 
 
 # What is awaited of a VM. Patience depends on the VM's own pace: emulation is ten times slower.
-
-
-def metadata_requests(boot: VMBoot) -> List[Request]:
-    return [request for request in boot.requests if request.path.startswith("/metadata/")]
 
 
 def reports(boot: VMBoot, state: bytes) -> List[Request]:
@@ -258,21 +235,24 @@ def named_time(boot: VMBoot) -> float:
     return next((r.time for r in boot.dhcp if r.name.lower().split(".")[0] == name), 0)
 
 
-def deadline(boot: VMBoot, second: bool) -> float:
-    """Until when a VM's first or second boot is worth watching, on the clock.
+def deadline(boots: List[VMBoot], timeout: float) -> float:
+    """Until when the last of BOOTS is worth watching, on the clock; the third is a reboot.
 
     An agent may be done long before the boot is, and a VM that is still booting ignores its power
     button: hence the login prompt, and more patience if there is none.
     """
+    boot, second = boots[-1], len(boots) == 3
     ready, named, prompt = ready_time(boot), named_time(boot), boot.prompt_time
-    times = [event.time for events in (boot.requests, boot.dhcp) for event in events]
-    last = max(boot.started, prompt, *times)
     if not prompt and not (named if second else ready):
-        pace = boot.active_time - boot.started
-        return boot.active_time + max(10 if lost(boot) else 120, pace / 2)
-    pace = (last if second else ready or prompt) - boot.started
-    finished = prompt and named and (ready or second)
-    return last + (max(8, pace / 3) if finished else max(10, pace))
+        last = boot.active_time
+        patience = max(10 if lost(boot) else 120, (last - boot.started) / 2)
+    else:
+        times = [event.time for events in (boot.requests, boot.dhcp) for event in events]
+        last = max([prompt, *times])
+        pace = (last if second else ready or prompt) - boot.started
+        finished = prompt and named and (ready or second)
+        patience = max(8, pace / 3) if finished else max(10, pace)
+    return min(last + patience, boot.started + timeout)
 
 
 def lost(boot: VMBoot) -> bool:
@@ -280,17 +260,11 @@ def lost(boot: VMBoot) -> bool:
     return not boot.prompt_time and not boot.dhcp and bool(NO_ROOT.search(boot.console))
 
 
-def is_booting(boot: VMBoot) -> bool:
-    """Whether it was still at work when the time ran out."""
-    idle = boot.started + boot.seconds - boot.active_time
-    return not boot.prompt_time and idle < max(30, boot.seconds / 4)
-
-
 def seconds(boot: VMBoot, at: float) -> str:
     return f"after {at - boot.started:.1f} s"
 
 
-# The checks, in the order in which they are shown: each returns what it found, and a remark.
+# The checks of a boot, or of all: each returns what it found, and a remark.
 
 Outcome = Tuple[str, str]
 PASS, FAIL, UNSURE = "ok", "FAIL", "?"
@@ -307,8 +281,8 @@ def can_be_uploaded(image: Image) -> Outcome:
     return PASS, f"once it is a VHD of fixed size, in whole MiB; now it is {image.format}"
 
 
-def asks_dhcp(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    setup, first, what = rehearsal.setup, rehearsal.boots[0], "no DHCP request"
+def asks_dhcp(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
+    setup, first, what = boot.vm.setup, boots[0], "no DHCP request"
     here, state = boot.interface or "of a name that its console does not tell", FAIL
     if boot.dhcp:
         on = f", on {boot.interface}" if boot.interface else ""
@@ -336,21 +310,20 @@ def asks_dhcp(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
         if boot.interface == "eth0":
             reason += " or to another interface name than eth0"
         else:
-            state, reason = (
-                UNSURE,
-                (
-                    f"its configuration may name eth0, which is Azure's name and was {here} here: "
-                    f"add net.ifnames=0 and rehearse it again; or {reason}"
-                ),
+            state = UNSURE
+            reason = (
+                f"its configuration may name eth0, which is Azure's name and was {here} here: "
+                f"add net.ifnames=0 and rehearse it again; or {reason}"
             )
     return absent(what, reason, boot, state)
 
 
 def absent(what: str, reason: str, boot: VMBoot, state: str = FAIL) -> Outcome:
     """That WHAT did not come: because the VM ended early or is not ready yet, or for REASON."""
+    idle = boot.started + boot.seconds - boot.active_time
     if boot.fate:
         state, reason = FAIL, boot.fate
-    elif is_booting(boot):
+    elif not boot.prompt_time and idle < max(30, boot.seconds / 4):
         state, reason = UNSURE, "it was still booting when the time ran out: raise --timeout"
     elif WAAGENT.search(boot.console) and boot.dhcp:
         state, reason = (
@@ -363,7 +336,7 @@ def absent(what: str, reason: str, boot: VMBoot, state: str = FAIL) -> Outcome:
     return state, f"{what} within {boot.seconds:.0f} s: {reason}"
 
 
-def reaches_azure(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
+def reaches_azure(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if boot.requests:
         return PASS, seconds(boot, boot.requests[0].time)
     if not boot.dhcp:
@@ -373,7 +346,7 @@ def reaches_azure(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     return absent(what, reason, boot)
 
 
-def reports_ready(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
+def reports_ready(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if not boot.requests:
         return NOT_REACHED
     ready, not_ready = reports(boot, b"Ready"), reports(boot, b"NotReady")
@@ -388,42 +361,43 @@ def reports_ready(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     return absent("no Ready", "see its console", boot)
 
 
-def takes_computer_name(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    azure, asked = boot.vm.azure, metadata_requests(boot)
+def takes_computer_name(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
+    azure, name = boot.vm.azure, boot.vm.azure.computer_name
+    asked = [request for request in boot.requests if request.path.startswith("/metadata/")]
     if not ready_time(boot) and not asked:
         return NOT_REACHED
-    wanted = f"compute/osProfile/computerName, {azure.computer_name}"
+    wanted = f"compute/osProfile/computerName, {name}"
     resource_names = {azure.vm_name, azure.vm_name.replace("_", "")}  # hostnamectl drops it
     taken = resource_names & {request.name for request in boot.dhcp}
     if taken:
         return FAIL, f"it took {taken.pop()}, after the name of the resource, not {wanted}"
     for request in asked:
         if request.resource in NAME_RESOURCES and request.status == 200:
-            return PASS, f"{azure.computer_name}, from {printable(request.path.split('?')[0])}"
+            return PASS, f"{name}, from {printable(request.path.split('?')[0])}"
     if named_time(boot):
-        return PASS, f"{azure.computer_name}, from the provisioning DVD"
-    paths = sorted({printable(request.path.split("?")[0]) for request in asked})
-    return FAIL, f"it asked IMDS for {', '.join(paths) or 'nothing'}, not for {wanted}"
+        return PASS, f"{name}, from the provisioning DVD"
+    paths = printable(", ".join(sorted({request.path.split("?")[0] for request in asked})))
+    return FAIL, f"it asked IMDS for {paths or 'nothing'}, not for {wanted}"
 
 
-def publishes_name(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
+def publishes_name(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if named_time(boot):
         return PASS, seconds(boot, named_time(boot))
-    if not rehearsal.reboot or not boot.dhcp:
+    if len(boots) < 3 or not boot.dhcp:
         return NOT_REACHED
     return FAIL, f"not before a reboot; its DHCP client sent the name {boot.dhcp[-1].name!r}"
 
 
-def speaks(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
+def speaks(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if boot.stage != "firmware":
         return PASS, f"{len(boot.lines)} lines"
     if boot.read_bytes < LOADED and not boot.requests:
         return NOT_REACHED
-    console = CONSOLES[rehearsal.setup.architecture]
+    console = CONSOLES[boot.vm.setup.architecture]
     return FAIL, f"Azure's boot diagnostics will be empty: the kernel needs console={console}"
 
 
-def is_the_only_agent(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
+def is_the_only_agent(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if not boot.requests:
         return NOT_REACHED
     agents = sorted(filter(None, {agent(request) for request in boot.requests}))
@@ -445,29 +419,30 @@ def agent(request: Request) -> str:
     return printable(headers.get("x-ms-agent-name", ""))
 
 
-def stays_up(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    for each in rehearsal.all_boots():
+def stays_up(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
+    for each in boots:
         if each.fate:
             return FAIL, f"{each.fate}, {seconds(each, each.active_time)}"
     return PASS, ""
 
 
-def second_vm_is_the_same(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    if len(rehearsal.boots) < 2:
+def second_vm_is_the_same(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
+    if len(boots) < 2:
         return NOT_REACHED
     for title, check in VM_CHECKS:
-        first, second = (check(each, rehearsal) for each in rehearsal.boots)
+        first, second = (check(each, boots) for each in boots[:2])
         if first[0] != second[0]:
             state = UNSURE if second[0] == UNSURE else FAIL
             return state, f"{title}: {second[1]}" if second[0] != PASS else f"{title}: only VM 2"
     return PASS, ""
 
 
-def is_silent_after_a_reboot(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    reboot = rehearsal.reboot
-    if not reboot:
+def is_silent_after_a_reboot(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
+    if len(boots) < 3:
         return NOT_REACHED
-    asked = [request for request in reboot.requests if agent(request) not in DAEMONS]
+    reboot = boots[2]
+    # waagent is a daemon, which talks to the WireServer for as long as the VM runs.
+    asked = [request for request in reboot.requests if agent(request) != "walinuxagent"]
     if any(report in asked for report in reports(reboot, b"Ready")):
         return FAIL, "it reported Ready again: the unit was not disabled (a read-only root?)"
     if not reboot.dhcp:
@@ -475,13 +450,12 @@ def is_silent_after_a_reboot(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if not named_time(reboot):
         name = reboot.vm.azure.computer_name
         return FAIL, f"it asks DHCP with the name {reboot.dhcp[-1].name!r}, not {name!r}"
-    metadata = [request for request in asked if request in metadata_requests(reboot)]
-    if len(metadata) < len(asked):
+    if not all(request.path.startswith("/metadata/") for request in asked):
         return FAIL, "it asks the WireServer at each boot: the unit was not disabled"
     return PASS, f"but for requests to IMDS: {len(asked)}" if asked else ""
 
 
-VM_CHECKS: List[Tuple[str, Callable[[VMBoot, Rehearsal], Outcome]]] = [
+VM_CHECKS: List[Tuple[str, Callable[[VMBoot, List[VMBoot]], Outcome]]] = [
     ("asks DHCP", asks_dhcp),
     ("reaches Azure", reaches_azure),
     ("reports Ready", reports_ready),
@@ -506,18 +480,17 @@ def excerpt(boot: VMBoot) -> List[str]:
     return ["", "From its console:", *shown] if shown else []
 
 
-def verdict(rehearsal: Rehearsal) -> Tuple[int, List[str]]:
+def verdict(image: Image, boots: List[VMBoot]) -> Tuple[int, List[str]]:
     """The exit status, and the lines that say what was found."""
-    boots, image = rehearsal.boots, rehearsal.image
     outcomes = [("can be uploaded", *can_be_uploaded(image))]
     for title, check in ALL_CHECKS:
-        outcomes.append((title, *(check(boots[0], rehearsal) if boots else NOT_REACHED)))
+        outcomes.append((title, *(check(boots[0], boots) if boots else NOT_REACHED)))
     lines = ["", *(f"  {state:<4}  {title:<23}  {remark}" for title, state, remark in outcomes)]
     states = [state for _, state, _ in outcomes]
-    ready = bool(boots) and ready_time(boots[-1]) > 0
-    ended = [boot for boot in rehearsal.all_boots() if boot.fate]
+    ready = bool(boots) and all(map(ready_time, boots[:2]))
+    ended = [boot for boot in boots if boot.fate]
     if boots and (not ready or ended or UNSURE in states):
-        lines += excerpt((ended or rehearsal.all_boots())[-1])
+        lines += excerpt((ended or boots)[-1])
     if image.format != "vpc" or image.obstacle:
         lines += ["", VHD_HEADING, *(f"  {command}" for command in upload_commands(image))]
     status, result = 0, "It will provision."
@@ -573,7 +546,7 @@ def main(arguments: List[str]) -> int:
     options = parse_command_line(arguments)
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, lambda number, frame: SIGNALS.append(number))
-    rehearsal = None
+    boots: List[VMBoot] = []
     try:
         console = open_console(options.console) if options.console else None
         image = inspect(options.image)
@@ -581,27 +554,23 @@ def main(arguments: List[str]) -> int:
             reason = f"its first sector has no boot signature ({image.format})"
             raise VMError(f"{options.image}: nothing to boot: {reason}")
         what = f"{printable(str(options.image))}: {image.format}, {image.size / MIB:,} MiB"
-        rehearsal = Rehearsal(options, image, console=console)
         if image.obstacle:
             tell(what)
         else:
-            rehearsal.setup, how = find_setup(image, options.generation)
-            options.timeout = options.timeout or TIMEOUTS[rehearsal.setup.accelerator]
+            setup, how = find_setup(image, options.generation)
+            options.timeout = options.timeout or TIMEOUTS[setup.accelerator]
             tell(f"{what}, {how}")
-            rehearsal.run()
-        status, lines = verdict(rehearsal)
+            Rehearsal(options, setup, console, boots).run()
+        status, lines = verdict(image, boots)
         tell("\n".join(lines))
         return status
     except KeyboardInterrupt:
-        if rehearsal and rehearsal.boots:
-            tell("\n".join(excerpt(rehearsal.all_boots()[-1])))
-        tell("Stopped.")
+        tell("\n".join([*(excerpt(boots[-1]) if boots else ()), "Stopped."]))
         return 128 + SIGNALS[0]
     except BrokenPipeError:  # nobody reads the output
         return 128 + signal.SIGPIPE
     except (OSError, VMError) as error:
-        reason = printable(str(error)).partition("] ")[2] if isinstance(error, OSError) else ""
-        reason = reason or printable(str(error))
+        reason = re.sub(r"\A\[Errno \d+\] ", "", printable(str(error)))
         sys.stderr.write(f"{CLEAR}python3 -m tests.rehearse: error: {reason}\n")
         return 2
 

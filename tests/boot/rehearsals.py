@@ -11,7 +11,6 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple, Sequence, Tuple
 
 from tests.boot.container import add_service
@@ -28,7 +27,7 @@ from tests.boot.host import attempt, command, new_directory, note
 from tests.boot.in_a_vm import VMTest
 from tests.boot.trees import REHEARSED
 from tests.plain.harness import INSTALLER, ROOT, SCRIPT
-from tests.rehearse import VHD_HEADING, Rehearsal, choose_machine, verdict
+from tests.rehearse import VHD_HEADING, choose_machine, verdict
 from tests.vm import MIB, inspect
 
 ONLY = os.environ.get("BOOT_CASE")
@@ -332,8 +331,7 @@ class RehearsalTest(VMTest):
             with self.subTest(format):
                 image = self.directory / "odd"
                 command("qemu-img", "convert", "-f", "raw", "-O", *format.split(), raw, image)
-                options: Any = SimpleNamespace(image=image)
-                status, lines = verdict(Rehearsal(options, inspect(image)))
+                status, lines = verdict(inspect(image), [])
                 commands = [line[2:] for line in lines[lines.index(VHD_HEADING) + 1 : -2]]
                 command("sh", "-e", "-c", "\n".join(commands), cwd=self.directory)
                 made = inspect(self.directory / "disk.vhd")

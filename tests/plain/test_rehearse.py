@@ -96,7 +96,8 @@ def request(
 class FakeBoot:
     """A boot from 100 s to 160 s that asks DHCP with names at 110 s, and Azure for resources."""
 
-    vm = SimpleNamespace(azure=SimpleNamespace(vm_name="myset_0", computer_name="myset000000"))
+    azure = SimpleNamespace(vm_name="myset_0", computer_name="myset000000")
+    vm = SimpleNamespace(azure=azure, setup=Setup(2))
     started, seconds, active_time, prompt_time, read_bytes = 100, 60, 130, 130, 40 * MIB
     stage, interface, console, fate = "system", "ens3", "Linux version 6", ""
 
@@ -108,16 +109,8 @@ class FakeBoot:
         self.lines = self.console.splitlines()
 
 
-def judged(
-    boots: List[Any],
-    reboot: Any = None,
-    image: Image = Image("", MIB, "raw"),  # noqa: B008
-) -> Tuple[int, List[str]]:
-    """The exit status and the lines."""
-    options: Any = SimpleNamespace(image=Path("disk"))
-    rehearsal = rehearse.Rehearsal(options, image, Setup(generation=2))
-    rehearsal.boots, rehearsal.reboot = boots, reboot
-    return rehearse.verdict(rehearsal)
+def judged(*boots: Any, image: Image = Image("", MIB, "raw")) -> Tuple[int, List[str]]:  # noqa: B008
+    return rehearse.verdict(image, list(boots))
 
 
 class VerdictTest(unittest.TestCase):
@@ -144,38 +137,36 @@ class VerdictTest(unittest.TestCase):
         waagent = FakeBoot("golden", console="Started walinuxagent.service")
         both, renamed = [sound, sound], FakeBoot(interface="ens9")
         cases: Any = [
-            (both, named, []),
-            ([FakeBoot()], None, [r"\? asks DHCP: .* within 60 s: .* eth0, .* was ens3 here"]),
-            ([FakeBoot(interface="")], None, [r"\? asks DHCP: .* of a name that its console"]),
-            ([FakeBoot(interface="eth0")], None, ["FAIL asks DHCP: .* another interface name th"]),
-            ([no_root], None, ["FAIL asks DHCP: .* does not find its root"]),
-            ([sound, no_root], None, ["FAIL second VM .*: asks DHCP: .* it is the disk driver"]),
-            ([sound, renamed], None, ["FAIL second .* bound to ens3.* ens9 here"]),
-            ([FakeBoot(stage="firmware", read_bytes=9)], None, ["FAIL asks DHCP: .*no kernel"]),
-            ([golden], None, ["FAIL reaches Azure: .* unit is not enabled .* firewall"]),
-            ([waagent], None, [r"\? reaches Azure: .* waagent needs"]),
-            ([refused], None, ["FAIL reports Ready: refused with status 400: no header$"]),
-            ([not_ready], None, ["FAIL reports Ready: it reported NotReady: <Health>"]),
-            ([asks_name], None, ["FAIL takes the .* for /metadata/instance/name, not"]),
+            ([*both, named], []),
+            ([FakeBoot()], [r"\? asks DHCP: .* within 60 s: .* eth0, .* was ens3 here"]),
+            ([FakeBoot(interface="")], [r"\? asks DHCP: .* of a name that its console"]),
+            ([FakeBoot(interface="eth0")], ["FAIL asks DHCP: .* another interface name th"]),
+            ([no_root], ["FAIL asks DHCP: .* does not find its root"]),
+            ([sound, no_root], ["FAIL second VM .*: asks DHCP: .* it is the disk driver"]),
+            ([sound, renamed], ["FAIL second .* bound to ens3.* ens9 here"]),
+            ([FakeBoot(stage="firmware", read_bytes=9)], ["FAIL asks DHCP: .*no kernel"]),
+            ([golden], ["FAIL reaches Azure: .* unit is not enabled .* firewall"]),
+            ([waagent], [r"\? reaches Azure: .* waagent needs"]),
+            ([refused], ["FAIL reports Ready: refused with status 400: no header$"]),
+            ([not_ready], ["FAIL reports Ready: it reported NotReady: <Health>"]),
+            ([asks_name], ["FAIL takes the .* for /metadata/instance/name, not"]),
             (
                 [FakeBoot("myset0", SOUND_REQUESTS)],
-                None,
                 ["FAIL takes the computer .*: it took myset0,"],
             ),
-            ([late] * 2, named, ["FAIL publishes .*: not before .*; .* the name 'golden'"]),
+            ([late, late, named], ["FAIL publishes .*: not before .*; .* the name 'golden'"]),
             (
-                [late] * 2,
-                golden,
+                [late, late, golden],
                 ["FAIL publishes .*", "FAIL silent .*'golden', not 'myset000000'"],
             ),
-            (both, sound, ["FAIL silent after a reboot: it reported Ready again: the unit"]),
-            (both, asks_again, ["FAIL silent after a reboot: it asks the WireServer"]),
-            (both, FakeBoot(), ["FAIL silent after a reboot: no DHCP request within 60 s"]),
-            ([two_agents], None, ["FAIL is the .*: 2 agents .*: cloud-init, custom-provisioning;"]),
+            ([*both, sound], ["FAIL silent after a reboot: it reported Ready again: the unit"]),
+            ([*both, asks_again], ["FAIL silent after a reboot: it asks the WireServer"]),
+            ([*both, FakeBoot()], ["FAIL silent after a reboot: no DHCP request within 60 s"]),
+            ([two_agents], ["FAIL is the .*: 2 agents .*: cloud-init, custom-provisioning;"]),
         ]
-        for boots, reboot, expected in cases:
+        for boots, expected in cases:
             with self.subTest(expected):
-                status, lines = judged(boots, reboot)
+                status, lines = judged(*boots)
                 self.assertEqual(status, (3 if "?" in expected[0][:3] else 1) if expected else 0)
                 self.assert_verdict(lines, *expected)
 
@@ -189,7 +180,7 @@ class VerdictTest(unittest.TestCase):
             [FakeBoot("golden", "goalstate 200", **booting)],
             [sound, FakeBoot(**booting)],
         ):
-            status, lines = judged(boots)
+            status, lines = judged(*boots)
             self.assertEqual((status, lines[-1]), (3, rehearse.UNTOLD))
             self.assert_verdict(lines, r"\? .* still booting when the time ran out: raise --time")
 
@@ -198,20 +189,20 @@ class VerdictTest(unittest.TestCase):
         sound, named = FakeBoot("golden myset000000", SOUND_REQUESTS), FakeBoot("myset000000")
         first = FakeBoot("golden myset000000", SOUND_REQUESTS, fate=panic)
         again = FakeBoot("myset000000", fate=panic)
-        for boots, reboot in (
-            ([first], None),
-            ([sound, first], None),
-            ([sound, first], named),  # it panicked when it was to turn itself off
-            ([sound, sound], again),
+        for boots in (
+            [first],
+            [sound, first],
+            [sound, first, named],  # it panicked when it was to turn itself off
+            [sound, sound, again],
         ):
-            status, lines = judged(boots, reboot)
+            status, lines = judged(*boots)
             self.assertEqual(status, 1)
             self.assert_verdict(lines, f"FAIL stays up: {panic}")
-        status, lines = judged([FakeBoot(fate=panic)])
+        status, lines = judged(FakeBoot(fate=panic))
         self.assert_verdict(lines, f"FAIL asks DHCP: .* 60 s: {panic}", "FAIL stays up: ")
 
     def test_vhd_that_azure_refuses_fails_and_the_commands_are_told(self) -> None:
-        status, lines = judged([], image=Image("driver=vpc", MIB, "vpc", "dynamic"))
+        status, lines = judged(image=Image("driver=vpc", MIB, "vpc", "dynamic"))
         self.assertEqual((status, lines[-1]), (1, "It will not provision."))
         self.assert_verdict(lines, "FAIL can be uploaded: Azure refuses this VHD: dynamic")
         self.assertIn("qemu-img convert --image-opts driver=vpc -O vpc ", "\n".join(lines))
@@ -221,14 +212,14 @@ class VerdictTest(unittest.TestCase):
             FakeBoot("golden myset000000", SOUND_REQUESTS),
             FakeBoot("golden", SOUND_REQUESTS),
         )
-        silent = FakeBoot(stage="firmware", console="")
+        silent, named = FakeBoot(stage="firmware", console=""), FakeBoot("myset000000")
         for boots, result in (
-            ([sound, sound], "It will provision."),
-            ([unnamed, unnamed], "It will provision, but not correctly."),
+            ([sound, sound, named], "It will provision."),
+            ([unnamed, unnamed, named], "It will provision, but not correctly."),
             ([sound, FakeBoot("golden")], "It will not provision."),
             ([silent], "It will not provision, or not correctly."),
         ):
-            self.assertEqual(judged(boots, FakeBoot("myset000000"))[1][-1], result)
+            self.assertEqual(judged(*boots)[1][-1], result)
 
     def test_agents_are_known_by_name_or_resource(self) -> None:
         for resource, headers, name in (
@@ -263,7 +254,7 @@ class VerdictTest(unittest.TestCase):
         name = request("instance", "200", {"": ""})
         for asked, agent in ((azure.requests[:1], "azure-init"), (azure.requests[1:], "Talos")):
             boot = FakeBoot("golden myset000000", "", *asked, name)
-            status, lines = judged([boot, boot], FakeBoot("myset000000"))
+            status, lines = judged(boot, boot, FakeBoot("myset000000"))
             self.assertEqual(status, 0, lines)
             self.assertTrue(any(line.endswith(agent) for line in lines), lines)
 
@@ -271,6 +262,7 @@ class VerdictTest(unittest.TestCase):
         """It began at 100 s, asked DHCP at 110 s, Azure at 120 s."""
         for second, name, asked, prompt, until in (
             (False, "golden", "", 0, 250),
+            (False, "", "", 130, 160),
             (False, "myset000000", SOUND_REQUESTS, 0, 140),
             (False, "myset000000", SOUND_REQUESTS, 139, 147),
             (False, "golden", "", 104, 120),
@@ -281,7 +273,9 @@ class VerdictTest(unittest.TestCase):
         ):
             with self.subTest(second=second, name=name, asked=asked, prompt=prompt):
                 boot: Any = FakeBoot(name, asked, prompt_time=prompt)
-                self.assertEqual(rehearse.deadline(boot, second), until)
+                boots = [boot] * (3 if second else 1)
+                self.assertEqual(rehearse.deadline(boots, 200), until)
+                self.assertEqual(rehearse.deadline(boots, 5), 105)
 
 
 class ProbeTest(unittest.TestCase):
