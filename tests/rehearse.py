@@ -9,42 +9,18 @@ import argparse
 import os
 import queue
 import re
-import shlex
 import signal
 import stat
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any, Callable, List, Optional, Tuple
+from typing import IO, Any, Callable, List, Tuple
 
 from tests.fake_azure import FakeAzure, Request, Reset, Slow, Status
-from tests.vm import (
-    GPT,
-    MIB,
-    SIGNALS,
-    UNSHARE,
-    VM,
-    Image,
-    Setup,
-    VMBoot,
-    VMError,
-    efi_loaders,
-    inspect,
-    printable,
-    run_tool,
-    succeeds,
-)
+from tests.vm import MIB, SIGNALS, VM, Image, Setup, VMBoot, VMError, find_setup, inspect, printable
 
 CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
 
-# Firmware that ends at once. For x86, where its last 16 bytes are run first: mov al, 0xfe;
-# out 0x64, al. And a call of PSCI's SYSTEM_OFF: movz w0, 8; movk w0, 0x8400, lsl 16; hvc 0.
-ENDS_AT_ONCE = {
-    "x86_64": bytes.fromhex("b0fe e664").ljust(16, b"\0").rjust(64 * 1024, b"\0"),
-    "aarch64": bytes.fromhex("00018052 0080b072 020000d4"),
-}
-KVM_TIMEOUT = 1  # second; ten times what it takes where KVM works
 TIMEOUTS = {"kvm": 180, "tcg": 600}  # seconds, for each boot
 
 NAME_PREFIX = r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z"  # six digits follow: hostname(7)
@@ -55,9 +31,7 @@ NO_ROOT = re.compile(
     r"Unable to mount root|Gave up waiting for root|ALERT! .* does not exist|emergency (mode|shell)"
     r"|dracut-initqueue.*timeout|Timed out waiting for device|Warning: /dev/.* does not exist"
 )
-TROUBLE = re.compile(
-    rf"FAILED|Error\b|Kernel panic|Failed to|azure-provisioning\[|{NO_ROOT.pattern}"
-)
+TROUBLE = re.compile(r"FAILED|Error\b|Kernel panic|Failed to|azure-prov|" + NO_ROOT.pattern)
 
 WAAGENT = re.compile("Daemon Daemon|(?i:walinuxagent)")
 
@@ -72,58 +46,6 @@ CLEAR = "\r\x1b[K" if os.isatty(1) else ""  # the line that shows that we are al
 
 def tell(text: str) -> None:
     os.write(1, f"{CLEAR}{text}\n".encode("utf-8", "replace"))
-
-
-# What the image is, and how its VMs can be run here.
-
-
-def find_setup(image: Image, generation: int) -> Tuple[Setup, str]:
-    """How to run the VMs, and a line that tells it; raises VMError if it cannot be done."""
-    generation, architecture, why = choose_machine(image, generation)
-    run_tool(f"qemu-system-{architecture}", "--version")  # raises VMError if there is none
-    setup = Setup(generation, "kvm", succeeds(*UNSHARE, "true"), architecture)
-    how = "KVM"
-    if not runs_guest(setup, KVM_TIMEOUT):
-        setup, how = setup._replace(accelerator="tcg"), "emulated, as KVM does not run a guest here"
-    network = "a private network" if setup.private else "the guest can reach this machine's network"
-    return setup, f"generation {generation} ({why}); {how}, {network}"
-
-
-def choose_machine(image: Image, generation: int) -> Tuple[int, str, str]:
-    """The generation of the VM, unless it is given; the architecture; and how that is known."""
-    loaders, bios = efi_loaders(image), any(image.read(0, 512)[:440])
-    if loaders == {"aarch64"}:
-        if generation == 1:
-            raise VMError("Arm64 VMs are of generation 2")
-        return 2, "aarch64", "it has EFI/BOOT/BOOTAA64.EFI: Arm64"
-    if generation:
-        return generation, "x86_64", "as you say"
-    efi = "EFI/BOOT/BOOTX64.EFI"
-    if loaders:
-        return 2, "x86_64", f"it has {efi}{', and BIOS boot code, too' if bios else ''}"
-    if bios:
-        return 1, "x86_64", f"it has BIOS boot code, and no {efi}"
-    return 2, "x86_64", f"Azure's default; it has neither {efi} nor BIOS boot code"
-
-
-def runs_guest(setup: Setup, timeout: float) -> bool:
-    """Whether a guest runs, and ends within TIMEOUT s; that /dev/kvm opens would prove little."""
-    with tempfile.NamedTemporaryFile(prefix="azure-vm-") as firmware:
-        firmware.write(ENDS_AT_ONCE[setup.architecture])
-        firmware.flush()
-        words = ("-no-reboot", "-bios", firmware.name)
-        return succeeds(*setup.machine(), *words, timeout=timeout)
-
-
-def upload_commands(image: Image) -> List[str]:
-    """The commands that make of an image the VHD that Azure takes."""
-    source, commands = f"--image-opts {shlex.quote(printable(image.options))}", []
-    if image.size % MIB:
-        commands = [f"qemu-img convert {source} -O raw disk.raw", "truncate -s %1M disk.raw"]
-        if image.read(0, 512)[450] == GPT:
-            commands.append("sfdisk --relocate gpt-bak-std disk.raw")
-        source = "-f raw disk.raw"
-    return [*commands, f"qemu-img convert {source} -O vpc -o subformat=fixed,force_size disk.vhd"]
 
 
 def add_faults(azure: FakeAzure) -> None:
@@ -143,14 +65,8 @@ def add_faults(azure: FakeAzure) -> None:
 class Rehearsal:
     """Boots an image as two VMs, and the second one again; adds each boot to BOOTS."""
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        setup: Setup,
-        console: Optional[IO[bytes]],
-        boots: List[VMBoot],
-    ) -> None:
-        self.options, self.setup, self.console, self.boots = options, setup, console, boots
+    def __init__(self, options: argparse.Namespace, setup: Setup, boots: List[VMBoot]) -> None:
+        self.options, self.setup, self.boots = options, setup, boots
         self._events: Any = queue.Queue()  # of a time, a source and a text, from any thread
 
     def run(self) -> None:
@@ -177,8 +93,8 @@ class Rehearsal:
     def show_event(self, at: float, source: str, text: str) -> None:
         """Show an event; of the console only what our own script says, and a panic."""
         if source == "console":
-            if self.console:
-                self.console.write(text.encode("utf-8", "replace") + b"\n")
+            if self.options.console:
+                self.options.console.write(text.encode("utf-8", "replace") + b"\n")
             said = re.search(r"azure-provisioning\[\d+\]: (.*)|(Kernel panic.*)", text)
             if not said:
                 return
@@ -290,10 +206,8 @@ def asks_dhcp(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if lost(boot):
         reason = "the system does not find its root file system: see its console"
         if boot is not first and setup.generation == 2:
-            reason = (
-                "it is the disk driver: this VM's disk is NVMe, as on Azure's newer sizes; the "
-                "initramfs lacks the driver nvme, or something names a disk by /dev/vda or the like"
-            )
+            reason = "it is the disk driver: VM 2 has an NVMe disk, as Azure's newer sizes; the "
+            reason += "initramfs lacks the driver nvme, or something names a disk by /dev/vda"
         return FAIL, f"{what} within {boot.seconds:.0f} s: {reason}"
     if boot.stage == "firmware" and boot.read_bytes < LOADED:
         reason = f"no kernel was loaded: is it a disk of generation {3 - setup.generation}?"
@@ -301,20 +215,15 @@ def asks_dhcp(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
         reason = f"its console says nothing: set console={CONSOLES[setup.architecture]}, try again"
         state = UNSURE
     elif boot is not first:
-        reason = (
-            f"it is the interface name: the network configuration is bound to {first.interface}, "
-            f"as it was in VM 1. The interface is {here} here, and eth0 on Azure"
-        )
+        reason = f"it is the interface: bound to VM 1's, {first.interface}, by its name or slot; "
+        reason += f"here it is {here}, and eth0 on Azure"
     else:
         reason = "there is no DHCP client, or its configuration is bound to another MAC address"
         if boot.interface == "eth0":
             reason += " or to another interface name than eth0"
         else:
-            state = UNSURE
-            reason = (
-                f"its configuration may name eth0, which is Azure's name and was {here} here: "
-                f"add net.ifnames=0 and rehearse it again; or {reason}"
-            )
+            eth0 = f"its configuration may name eth0, Azure's name, which was {here} here: add "
+            state, reason = UNSURE, f"{eth0}net.ifnames=0 and rehearse it again; or {reason}"
     return absent(what, reason, boot, state)
 
 
@@ -492,7 +401,7 @@ def verdict(image: Image, boots: List[VMBoot]) -> Tuple[int, List[str]]:
     if boots and (not ready or ended or UNSURE in states):
         lines += excerpt((ended or boots)[-1])
     if image.format != "vpc" or image.obstacle:
-        lines += ["", VHD_HEADING, *(f"  {command}" for command in upload_commands(image))]
+        lines += ["", VHD_HEADING, *(f"  {command}" for command in image.upload_commands())]
     status, result = 0, "It will provision."
     if FAIL in states:
         unsure = ", or not correctly" if UNSURE in states else ""
@@ -548,7 +457,8 @@ def main(arguments: List[str]) -> int:
         signal.signal(stop, lambda number, frame: SIGNALS.append(number))
     boots: List[VMBoot] = []
     try:
-        console = open_console(options.console) if options.console else None
+        if options.console:
+            options.console = open_console(options.console)
         image = inspect(options.image)
         if image.read(0, 512)[510:] != b"\x55\xaa":
             reason = f"its first sector has no boot signature ({image.format})"
@@ -560,7 +470,7 @@ def main(arguments: List[str]) -> int:
             setup, how = find_setup(image, options.generation)
             options.timeout = options.timeout or TIMEOUTS[setup.accelerator]
             tell(f"{what}, {how}")
-            Rehearsal(options, setup, console, boots).run()
+            Rehearsal(options, setup, boots).run()
         status, lines = verdict(image, boots)
         tell("\n".join(lines))
         return status

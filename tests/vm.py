@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -24,7 +25,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from azure_provision import AZURE_CHASSIS_ASSET_TAG, IMDS, WIRESERVER
 from tests.fake_azure import Address, FakeAzure, Request, describe
@@ -94,7 +95,7 @@ class DhcpRequest(NamedTuple):
 
     time: float
     kind: str  # "DISCOVER", "REQUEST" or "INFORM"
-    name: str  # option 12, or else 81; empty if there is neither
+    name: str  # option 12, or else the first label of 81; empty if there is neither
 
 
 KINDS = {b"\1": "DISCOVER", b"\3": "REQUEST", b"\x08": "INFORM"}  # option 53, of a client
@@ -112,15 +113,10 @@ def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
     kind = KINDS.get(options.get(53, b""))
     if not kind or options.get(60, b"").startswith(b"PXEClient"):  # the firmware, not the image
         return None
-    return DhcpRequest(at, kind, printable(options.get(12) or fqdn(options.get(81, b""))))
-
-
-def fqdn(option: bytes) -> bytes:
-    """The name in option 81, which is ASCII or in DNS's wire format: RFC 4702."""
-    if not option[:1] or not option[0] & 4:
-        return option[3:]
-    rest = iter(option[3:])
-    return b".".join(bytes(itertools.islice(rest, length)) for length in rest if length)
+    name, full = options.get(12), options.get(81, b"").ljust(4, b"\0")
+    if not name:  # the other is in DNS's wire format or in ASCII
+        name = full[4 : 4 + full[3]] if full[0] & 4 else full[3:].rstrip(b"\0")
+    return DhcpRequest(at, kind, printable(name))
 
 
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[PX^_].*?\x1b\\|.)")
@@ -139,7 +135,7 @@ def printable(text: Any) -> str:
 class Image(NamedTuple):
     """A disk image, which is only ever read."""
 
-    options: str  # for QEMU to open it
+    options: Sequence[str]  # for QEMU to open it; a comma in a value is doubled
     size: int  # bytes, of the disk
     format: str  # of QEMU: raw, qcow2, vhdx, vpc
     obstacle: str = ""  # why Azure does not take this VHD
@@ -154,12 +150,23 @@ class Image(NamedTuple):
             with self.flat.open("rb") as file:
                 file.seek(start)
                 return file.read(size)
-        options = [f"file.{option}" for option in split_options(self.options)]
+        options = [f"file.{option}" for option in self.options]
         part = ",".join(["driver=raw", f"offset={start}", f"size={size}", *options])
         with tempfile.NamedTemporaryFile(prefix="azure-vm-") as copy:
             words = ("--force-share", "--image-opts", "-O", "raw", part, copy.name)
             run_tool("qemu-img", "convert", *words)
             return copy.read()
+
+    def upload_commands(self) -> List[str]:
+        """The commands that make of an image the VHD that Azure takes."""
+        source, commands = f"--image-opts {shlex.quote(printable(','.join(self.options)))}", []
+        if self.size % MIB:
+            commands = [f"qemu-img convert {source} -O raw disk.raw", "truncate -s %1M disk.raw"]
+            if self.read(0, 512)[450] == GPT:
+                commands.append("sfdisk --relocate gpt-bak-std disk.raw")
+            source = "-f raw disk.raw"
+        fixed = "-O vpc -o subformat=fixed,force_size disk.vhd"
+        return [*commands, f"qemu-img convert {source} {fixed}"]
 
 
 def inspect(path: Path) -> Image:
@@ -174,16 +181,16 @@ def inspect(path: Path) -> Image:
         if size < 512:
             raise VMError(f"{path}: not a disk: it has {size} bytes")
         head, footer = (os.pread(file.fileno(), 512, at) for at in (0, size - 512))
-    driver, options, obstacle = "raw", "", ""
+    driver, obstacle, filename = "raw", "", str(path.resolve()).replace(",", ",,")
+    options = [f"file.filename={filename}"]
     if footer.startswith(b"conectix"):
         # QEMU would go by the geometry, which is smaller; Azure goes by the size that is stated.
-        driver, options = "vpc", "force_size_calc=current_size,"
+        driver, options = "vpc", ["force_size_calc=current_size", *options]
         stated, kind = struct.unpack_from(">Q4xI", footer, 48)
-        if kind != FIXED_VHD:
-            obstacle = "its size is dynamic, not fixed"
-        elif stated % MIB or stated != size - len(footer):
-            obstacle = f"it has {size - len(footer):,} bytes, its footer says {stated:,}: Azure "
-            obstacle += "wants both to be the same, and whole MiB"
+        if kind != FIXED_VHD or stated % MIB or stated + len(footer) != size:
+            what = "fixed" if kind == FIXED_VHD else "dynamic"
+            obstacle = f"its size is {what}, {stated:,} bytes, in a file of {size:,}: Azure takes "
+            obstacle += "a fixed size, in whole MiB, in a file of 512 bytes more"
     elif head.startswith(b"QFI\xfb"):
         driver = "qcow2"
         version, backing, features = struct.unpack_from(">IQ56xQ", head, 4)
@@ -192,9 +199,8 @@ def inspect(path: Path) -> Image:
             raise VMError(f"{path}: it has its data in another file: flatten it first: {command}")
     elif head.startswith(b"vhdxfile"):
         driver = "vhdx"
-    filename = str(path.resolve()).replace(",", ",,")
-    options = f"driver={driver},{options}file.filename={filename}"
-    words = ("--force-share", "--output=json", "--image-opts", options)
+    options = [f"driver={driver}", *options]
+    words = ("--force-share", "--output=json", "--image-opts", ",".join(options))
     found = json.loads(run_tool("qemu-img", "info", *words))
     flat = path if driver == "raw" or (driver == "vpc" and not obstacle) else None
     return Image(options, found["virtual-size"], driver, obstacle, flat)
@@ -218,11 +224,6 @@ def efi_loaders(image: Image) -> Set[str]:
                 block = image.read(512 * place, 512 * min(SEARCH_STEP, start + size - place))
                 found |= {loader for loader in LOADERS if LOADERS[loader] in block}
     return found
-
-
-def split_options(options: str) -> List[str]:
-    """The single options in a list for QEMU, where a comma in a value is doubled."""
-    return [option.replace("\0", ",,") for option in options.replace(",,", "\0").split(",")]
 
 
 SIGNALS: List[int] = []  # that ask us to end: a handler that raised could interrupt the cleaning up
@@ -309,7 +310,7 @@ def make_dvd(name: bytes, content: bytes) -> bytes:
     return bytes(16 * 2048) + b"".join(sector.ljust(2048, b"\0") for sector in sectors)
 
 
-MACHINES = {("x86_64", 1): "pc", ("x86_64", 2): "q35"}  # of a generation
+MACHINES = {("x86_64", 1): "pc", ("x86_64", 2): "q35", ("aarch64", 2): "virt,gic-version=max"}
 # Units of agents have ConditionVirtualization=microsoft. systemd knows Azure by DMI, but believes
 # QEMU's CPU first.
 CPUS = {
@@ -318,12 +319,16 @@ CPUS = {
     ("aarch64", "kvm"): "host",
     ("aarch64", "tcg"): "max,pauth-impdef=on",
 }
-DMI = (
-    "type=1,manufacturer=Microsoft Corporation,product=Virtual Machine,version=Hyper-V UEFI Release"
-)
+DMI = "type=1,manufacturer=Microsoft Corporation,product=Virtual Machine,version=Hyper-V"
+FIRMWARE = Path("/usr/share/qemu/firmware")  # docs/interop/firmware.json of QEMU
 
-
-FIRMWARE = Path("/usr/share/qemu/firmware")  # whose format is QEMU's docs/interop/firmware.json
+# Firmware that ends at once. For x86, where its last 16 bytes are run first: mov al, 0xfe;
+# out 0x64, al. And a call of PSCI's SYSTEM_OFF: movz w0, 8; movk w0, 0x8400, lsl 16; hvc 0.
+ENDS_AT_ONCE = {
+    "x86_64": bytes.fromhex("b0fe e664").ljust(16, b"\0").rjust(64 * 1024, b"\0"),
+    "aarch64": bytes.fromhex("00018052 0080b072 020000d4"),
+}
+KVM_TIMEOUT = 1  # second; ten times what it takes where KVM works
 
 
 class Setup(NamedTuple):
@@ -336,32 +341,58 @@ class Setup(NamedTuple):
 
     def machine(self) -> List[str]:
         """The beginning of QEMU's command line."""
-        machine = MACHINES.get((self.architecture, self.generation), "virt,gic-version=max")
         return [
             *(f"qemu-system-{self.architecture}", "-nodefaults", "-no-user-config"),
-            *("-display", "none", "-accel", self.accelerator, "-machine", machine),
-            *("-cpu", CPUS[self.architecture, self.accelerator]),
+            *("-machine", MACHINES[self.architecture, self.generation], "-display", "none"),
+            *("-accel", self.accelerator, "-cpu", CPUS[self.architecture, self.accelerator]),
         ]
 
     def firmware(self) -> List[str]:
-        """The options for EFI firmware without Secure Boot; raises VMError if there is none.
+        """QEMU's options for EFI without Secure Boot, and not for microvm.
 
         It keeps its variables in memory.
         """
         for path in sorted(FIRMWARE.glob("*.json")):
             found = json.loads(path.read_text(encoding="utf-8"))
-            file = found["mapping"].get("executable")
-            targets = [
-                each for each in found["targets"] if each["architecture"] == self.architecture
-            ]
-            usual = re.search("q35|virt", str(targets))  # not microvm
-            if file and usual and "secure-boot" not in found["features"]:
+            file, features = found["mapping"].get("executable"), found["features"]
+            kinds = str([kind for kind in found["targets"] if self.architecture in kind.values()])
+            if file and "secure-boot" not in features and re.search("q35|virt", kinds):
                 drive = "if=pflash,readonly=on,format={format},file={filename}".format(**file)
                 return ["-drive", drive]
         raise VMError(f"there is no EFI firmware; in Debian: {PACKAGES}")
 
 
-class VM:
+def find_setup(image: Image, generation: int) -> Tuple[Setup, str]:
+    """How to run the VMs, and a line that tells it; raises VMError if it cannot be done.
+
+    If GENERATION is 0, the disk decides, or else it is 2, which is Azure's default.
+    """
+    loaders, bios = efi_loaders(image), any(image.read(0, 512)[:440])
+    architecture = "aarch64" if loaders == {"aarch64"} else "x86_64"
+    if architecture == "aarch64" and generation == 1:
+        raise VMError("Arm64 VMs are of generation 2")
+    generation = generation or (1 if bios and not loaders else 2)
+    run_tool(f"qemu-system-{architecture}", "--version")  # raises VMError if there is none
+    setup = Setup(generation, "kvm", succeeds(*UNSHARE, "true"), architecture)
+    how = "KVM"
+    if not runs_guest(setup, KVM_TIMEOUT):
+        setup, how = setup._replace(accelerator="tcg"), "emulated, as KVM does not run a guest here"
+    network = "a private network" if setup.private else "the guest can reach this machine's network"
+    ways = [f"EFI on {each}" for each in sorted(loaders)] + ["BIOS"] * bios
+    can = f"can boot by {' and '.join(ways) or 'neither EFI nor BIOS'}"
+    return setup, f"generation {generation} (it {can}); {how}, {network}"
+
+
+def runs_guest(setup: Setup, timeout: float) -> bool:
+    """Whether a guest runs, and ends within TIMEOUT s; that /dev/kvm opens would prove little."""
+    with tempfile.NamedTemporaryFile(prefix="azure-vm-") as firmware:
+        firmware.write(ENDS_AT_ONCE[setup.architecture])
+        firmware.flush()
+        words = ("-no-reboot", "-bios", firmware.name)
+        return succeeds(*setup.machine(), *words, timeout=timeout)
+
+
+class VM(contextlib.ExitStack):
     """One of the VMs that Azure would create from an image: its identity, its Azure, its disk.
 
     A context manager, which leaves nothing behind. LISTENER is called, from any thread, with the
@@ -376,28 +407,21 @@ class VM:
         name: str = "rehearsal",
         listener: Callable[[float, str, str], None] = lambda at, source, text: None,
     ) -> None:
+        super().__init__()
         self.setup, self.listener, self.number = setup, listener, number
         self.image = inspect(image)
         self.mac = f"00:0d:3a:00:00:{number + 1:02x}"  # one of Microsoft's
-        self.names = (f"{name}_{number}", f"{name}{number:06}")  # as in a scale set
-
-    def __enter__(self) -> "VM":
-        self._directory = tempfile.TemporaryDirectory(prefix="azure-vm-")
-        self.directory = Path(self._directory.name)
+        names = (f"{name}_{number}", f"{name}{number:06}")  # as in a scale set
+        self.directory = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="azure-vm-")))
         run_tool("qemu-img", "create", "-q", "-f", "qcow2", self.path("disk"), str(self.image.size))
         Path(self.path("relay.py")).write_text(RELAY)
-        name = self.names[1].encode("ascii")
-        Path(self.path("dvd")).write_bytes(make_dvd(b"OVF-ENV.XML;1", OVF_ENV % name))
+        dvd = make_dvd(b"OVF-ENV.XML;1", OVF_ENV % names[1].encode("ascii"))
+        Path(self.path("dvd")).write_bytes(dvd)
         addresses = ((WIRESERVER, 80), (IMDS, 80))
         self.azure = FakeAzure(*addresses, listen=lambda address: Door(self.directory, address))
-        self.azure.vm_name, self.azure.computer_name = self.names
+        self.azure.vm_name, self.azure.computer_name = names
         self.azure.mac_address = self.mac.replace(":", "").upper()
-        self.azure.__enter__()
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        self.azure.__exit__()
-        self._directory.cleanup()
+        self.enter_context(self.azure)
 
     def path(self, name: str) -> str:
         return str(self.directory / name)
@@ -413,12 +437,11 @@ class VM:
         forward = "".join(
             f",guestfwd=tcp:{address}:80-cmd:{relay} {address}" for address in (WIRESERVER, IMDS)
         )
-        backing = ",".join(f"backing.{option}" for option in split_options(self.image.options))
+        backing = ",".join(f"backing.{option}" for option in self.image.options)
         disk = f"if=none,id=disk,cache=unsafe,driver=qcow2,file.filename=disk,{backing}"
         # The second VM is another size: of generation 2 those with NVMe disks only.
-        slot, driver = ("0x12", "nvme,serial=1") if self.number else ("0x3", "virtio-blk-pci")
-        if setup.generation == 1:
-            driver = "virtio-blk-pci"
+        slot = "0x12" if self.number else "0x3"
+        driver = "nvme,serial=1" if self.number and setup.generation == 2 else "virtio-blk-pci"
         return [
             *setup.machine(),
             *("-m", "1024", *(setup.firmware() if setup.generation == 2 else ())),
@@ -512,6 +535,9 @@ class VMBoot:
     def check(self) -> None:
         """Raise VMError if this machine has failed the VM; have QEMU tell what it has read."""
         self._order("query-blockstats")
+        # An NVMe disk does not tell that writing has failed.
+        if not self.failure and shutil.disk_usage(self.vm.path(".")).free < MIB:
+            self.failure = "No space left on device"
         if self.failure:
             raise VMError(f"{self.failure}: {tempfile.gettempdir()} (TMPDIR chooses another)")
         if self._process.poll():
@@ -542,30 +568,24 @@ class VMBoot:
                 *lines, self._rest = (self._rest + block).split(b"\n")
                 if len(self._rest) > LONGEST_LINE:
                     lines, self._rest = [*lines, self._rest], b""
-                for line in lines:
-                    self._add_line(line)
+                for text in (printable(line.rstrip(b"\r")) for line in lines):
+                    self.lines.append(text)
+                    self.fate = "".join(re.findall("Kernel panic.*", text)) or self.fate
+                    self._look_at(text)
+                    self._tell("console", text)
                 self._look_at(printable(self._rest))
 
-    def _add_line(self, line: bytes) -> None:
-        text = printable(line.rstrip(b"\r"))
-        self.lines.append(text)
-        named = re.search(r" (\S+): renamed from eth0", text)
-        if named or " net.ifnames=0" in text:  # the latter is the kernel's command line
-            self.interface = named.group(1) if named else "eth0"
-        if self.stage == "firmware" and KERNEL.search(text):
-            self.stage = "kernel"
-        if "Kernel panic" in text:
-            self.fate = text[text.index("Kernel panic") :]
-        self._look_at(text)
-        self._tell("console", text)
-
     def _look_at(self, text: str) -> None:
-        """Look for a login prompt; other lines may follow it at once."""
-        prompt = PROMPT.search(text)
-        if prompt and not self.prompt_time:
-            self.prompt_time = time.monotonic()
-        if prompt or "systemd" in text:
+        """Learn from a line of the console, or from the beginning of one: a prompt has no end."""
+        named = re.search(r" (\S+): renamed from eth0| net\.ifnames=0", text)
+        if named:  # the latter is on the kernel's command line
+            self.interface = named.group(1) or "eth0"
+        if PROMPT.search(text):
+            self.prompt_time = self.prompt_time or time.monotonic()
+        if "systemd" in text or self.prompt_time:
             self.stage = "system"
+        elif self.stage == "firmware" and KERNEL.search(text):
+            self.stage = "kernel"
 
     def _read_packets(self, descriptor: int) -> None:
         """Read a packet capture as it grows: https://wiki.wireshark.org/Development/LibpcapFileFormat."""

@@ -27,8 +27,8 @@ from tests.boot.host import attempt, command, new_directory, note
 from tests.boot.in_a_vm import VMTest
 from tests.boot.trees import REHEARSED
 from tests.plain.harness import INSTALLER, ROOT, SCRIPT
-from tests.rehearse import VHD_HEADING, choose_machine, verdict
-from tests.vm import MIB, inspect
+from tests.rehearse import VHD_HEADING, verdict
+from tests.vm import MIB, find_setup, inspect
 
 ONLY = os.environ.get("BOOT_CASE")
 
@@ -141,7 +141,7 @@ class Case(NamedTuple):
 CASES = [
     Case(
         sound,
-        [r"generation 2 \(it has EFI/BOOT/BOOTAA64.EFI: Arm64\)"],
+        [r"generation 2 \(it can boot by EFI on aarch64\)"],
         packages=ARM_PACKAGES,
         generation=2,
     ),
@@ -192,7 +192,7 @@ CASES = [
     ),
     Case(
         bound_to_ens3,
-        ["FAIL +second VM .* it is the interface name: .* bound to ens3,.* ens18 here, and eth0"],
+        ["FAIL +second VM .* it is the interface: .* VM 1's, ens3, .* here it is ens18, and eth0"],
         NOT,
     ),
     Case(panics, ["FAIL +stays up +Kernel panic.* sysrq"], INCORRECTLY),
@@ -357,9 +357,9 @@ class RehearsalTest(VMTest):
             command("mkfs.vfat", *options, image, size)
             mtools("mmd", image, "::EFI", "::EFI/BOOT")
             mtools("mcopy", image, loader, f"::EFI/BOOT/{name}")
-            generation, architecture, why = choose_machine(inspect(image), 0)
-            self.assertEqual((generation, architecture), expected)
-            self.assertEqual("neither" in why, "GRUB" in name)
+            setup, how = find_setup(inspect(image), 0)
+            self.assertEqual((setup.generation, setup.architecture), expected)
+            self.assertEqual("neither EFI nor BIOS" in how, "GRUB" in name)
 
     def test_vhd_has_the_size_that_its_footer_states(self) -> None:
         """QEMU would go by the geometry, which cannot express every size."""
