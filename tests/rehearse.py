@@ -33,13 +33,12 @@ NO_ROOT = re.compile(
 )
 TROUBLE = re.compile(r"FAILED|Error\b|Kernel panic|Failed to|azure-prov|" + NO_ROOT.pattern)
 
-WAAGENT = re.compile("Daemon Daemon|(?i:walinuxagent)")
-
 # Resources of IMDS whose answer holds the computer name.
 NAME_RESOURCES = ("computerName", "osProfile", "compute", "instance")
 
 # Agents by their User-Agent or x-ms-agent-name; cloud-init calls itself WALinuxAgent in the latter.
 AGENT_NAMES = ("cloud-init", "afterburn", "azure-init", "walinuxagent", "custom-provisioning")
+DAEMON = "walinuxagent"  # which talks to the WireServer for as long as the VM runs
 
 CLEAR = "\r\x1b[K" if os.isatty(1) else ""  # the line that shows that we are alive
 
@@ -163,10 +162,12 @@ def deadline(boots: List[VMBoot], timeout: float) -> float:
         last = boot.active_time
         patience = max(10 if lost(boot) else 120, (last - boot.started) / 2)
     else:
-        times = [event.time for events in (boot.requests, boot.dhcp) for event in events]
+        done = ready or second  # but a daemon goes on asking
+        asked = [each for each in boot.requests if not done or agent(each) != DAEMON]
+        times = [event.time for events in (asked, boot.dhcp) for event in events]
         last = max([prompt, *times])
         pace = (last if second else ready or prompt) - boot.started
-        finished = prompt and named and (ready or second)
+        finished = prompt and named and done
         patience = max(8, pace / 3) if finished else max(10, pace)
     return min(last + patience, boot.started + timeout)
 
@@ -234,14 +235,6 @@ def absent(what: str, reason: str, boot: VMBoot, state: str = FAIL) -> Outcome:
         state, reason = FAIL, boot.fate
     elif not boot.prompt_time and idle < max(30, boot.seconds / 4):
         state, reason = UNSURE, "it was still booting when the time ran out: raise --timeout"
-    elif WAAGENT.search(boot.console) and boot.dhcp:
-        state, reason = (
-            UNSURE,
-            (
-                "waagent needs options of Azure's DHCP server and parts of the goal state that are "
-                "not imitated here"
-            ),
-        )
     return state, f"{what} within {boot.seconds:.0f} s: {reason}"
 
 
@@ -266,7 +259,8 @@ def reports_ready(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
         return FAIL, f"it reported NotReady: {printable(not_ready[-1].body):.300}"
     for request in reversed(boot.requests):
         if request.reason and not request.path.startswith("/metadata/"):
-            return FAIL, f"refused with status {request.status}: {request.reason}"
+            state = UNSURE if request.status == 404 else FAIL  # Azure may have it
+            return state, f"refused with status {request.status}: {request.reason}"
     return absent("no Ready", "see its console", boot)
 
 
@@ -310,6 +304,8 @@ def is_the_only_agent(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if not boot.requests:
         return NOT_REACHED
     agents = sorted(filter(None, {agent(request) for request in boot.requests}))
+    if agents == ["cloud-init", "walinuxagent"]:
+        return PASS, "cloud-init, and walinuxagent, which leaves provisioning to it"
     if len(agents) > 1:
         return FAIL, f"{len(agents)} agents talk to Azure: {', '.join(agents)}; leave one enabled"
     return PASS, agents[0] if agents else "it does not name itself"
@@ -350,8 +346,7 @@ def is_silent_after_a_reboot(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if len(boots) < 3:
         return NOT_REACHED
     reboot = boots[2]
-    # waagent is a daemon, which talks to the WireServer for as long as the VM runs.
-    asked = [request for request in reboot.requests if agent(request) != "walinuxagent"]
+    asked = [request for request in reboot.requests if agent(request) != DAEMON]
     if any(report in asked for report in reports(reboot, b"Ready")):
         return FAIL, "it reported Ready again: the unit was not disabled (a read-only root?)"
     if not reboot.dhcp:
