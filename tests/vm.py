@@ -101,12 +101,9 @@ class DhcpRequest(NamedTuple):
 
 # What Azure's server answers besides: option 245 is the WireServer, 121 the routes (RFC 3442).
 ROUTER = socket.inet_aton("168.0.0.2")
-ROUTES = (
-    b"\0"
-    + b"".join(ROUTER + b"\x20" + socket.inet_aton(address) for address in (WIRESERVER, IMDS))
-    + ROUTER
-)
-AZURE_OPTIONS = b"\xf5\4" + socket.inet_aton(WIRESERVER) + bytes([121, len(ROUTES)]) + ROUTES
+SERVER, METADATA = socket.inet_aton(WIRESERVER), socket.inet_aton(IMDS)
+ROUTES = ROUTER.join([b"\0", b"\x20" + SERVER, b"\x20" + METADATA, b""])
+AZURE_OPTIONS = b"\xf5\4" + SERVER + bytes([121, len(ROUTES)]) + ROUTES
 
 
 def as_azure_answers(frame: bytes) -> bytes:
@@ -452,10 +449,10 @@ class VM(contextlib.ExitStack):
         """Turn the power on; at the end of this context manager it is cut."""
         return VMBoot(self)
 
-    def command(self, console: int, *sockets: int) -> List[str]:
+    def command(self, console: int, sent: int, old: int, new: int) -> List[str]:
         """The command line of QEMU, which runs in the VM's directory.
 
-        The SOCKETS are for frames that the VM sends, and for those to it before and after
+        Its sockets are for frames that the VM sends, and for those to it before and after
         as_azure_answers().
         """
         setup = self.setup
@@ -477,11 +474,8 @@ class VM(contextlib.ExitStack):
             *("-chardev", f"file,id=console,path=/dev/fd/{console}", "-serial", "chardev:console"),
             *("-netdev", f"user,id=net,{NETWORK}{forward}"),
             *("-device", f"virtio-net-pci,netdev=net,mac={self.mac},romfile=,addr={slot}"),
-            *(
-                w
-                for n, fd in zip(("sent", "old", "new"), sockets)
-                for w in ("-chardev", f"socket,id={n},fd={fd}")
-            ),
+            *("-chardev", f"socket,id=sent,fd={sent}", "-chardev", f"socket,id=old,fd={old}"),
+            *("-chardev", f"socket,id=new,fd={new}"),
             *("-object", "filter-mirror,id=from,netdev=net,queue=rx,outdev=sent"),
             *("-object", "filter-redirector,id=to,netdev=net,queue=tx,outdev=old,indev=new"),
             *("-drive", f"{disk},werror=stop", "-device", f"{driver},drive=disk,bootindex=0"),
@@ -614,13 +608,15 @@ class VMBoot:
                     lines, self._rest = [*lines, self._rest], b""
                 for text in (printable(line.rstrip(b"\r")) for line in lines):
                     self.lines.append(text)
-                    self.fate = "".join(re.findall("Kernel panic.*", text)) or self.fate
                     self._look_at(text)
                     self._tell("console", text)
                 self._look_at(printable(self._rest))
 
     def _look_at(self, text: str) -> None:
         """Learn from a line of the console, or from the beginning of one: a prompt has no end."""
+        panic = re.search("Kernel panic.*", text)
+        if panic:
+            self.fate = panic.group()
         named = re.search(r" (\S+): renamed from eth0| net\.ifnames=0", text)
         if named:  # the latter is on the kernel's command line
             self.interface = named.group(1) or "eth0"
