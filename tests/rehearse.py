@@ -398,14 +398,14 @@ def verdict(image: Image, boots: List[VMBoot]) -> Tuple[int, List[str]]:
         lines += excerpt((ended or boots)[-1])
     if image.format != "vpc" or image.obstacle:
         lines += ["", VHD_HEADING, *(f"  {command}" for command in image.upload_commands())]
-    status, result = 0, "It will provision."
-    if FAIL in states:
-        unsure = ", or not correctly" if UNSURE in states else ""
-        status, result = 1, f"It will not provision{unsure}."
-        if ready:
-            result = "It will provision, but not correctly."
-    elif UNSURE in states:
-        status, result = 3, UNTOLD
+    failed, unsure = FAIL in states, UNSURE in states
+    if failed and ready:
+        result = "It will provision, but not correctly."
+    elif failed:
+        result = f"It will not provision{', or not correctly' if unsure else ''}."
+    else:
+        result = UNTOLD if unsure else "It will provision."
+    status = 1 if failed else 3 if unsure else 0
     return status, [line.rstrip() for line in [*lines, "", result]]
 
 
@@ -459,13 +459,11 @@ def main(arguments: List[str]) -> int:
         if image.read(0, 512)[510:] != b"\x55\xaa":
             reason = f"its first sector has no boot signature ({image.format})"
             raise VMError(f"{options.image}: nothing to boot: {reason}")
-        what = f"{printable(str(options.image))}: {image.format}, {image.size / MIB:,} MiB"
-        if image.obstacle:
-            tell(what)
-        else:
+        tell(f"{printable(str(options.image))}: {image.format}, {image.size / MIB:,} MiB")
+        if not image.obstacle:
             setup, how = find_setup(image, options.generation)
+            tell(how)
             options.timeout = options.timeout or TIMEOUTS[setup.accelerator]
-            tell(f"{what}, {how}")
             Rehearsal(options, setup, boots).run()
         status, lines = verdict(image, boots)
         tell("\n".join(lines))

@@ -194,7 +194,7 @@ CASES = [
     Case(
         sound,
         [
-            r"vpc, 1,024.0 MiB, generation 1 \(.*\); .*a private network",
+            r"vpc, 1,024.0 MiB\ngeneration 1 \(it can boot by BIOS\); .*a private network",
             "DHCP +REQUEST rehearsal000001",
             "networkctl reconfigure ens3",
             "asks DHCP .*, on ens3\n",
