@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import json
 import os
 import re
 import shutil
@@ -302,6 +303,25 @@ class ProbeTest(unittest.TestCase):
         endless = {"x86_64": b"\xeb\xfe".rjust(65536 - 14, b"\0").ljust(65536, b"\0")}  # jmp $
         with mock.patch.object(vm, "ENDS_AT_ONCE", endless):
             self.assertFalse(vm.runs_guest(Setup(), timeout=1))
+
+    def test_firmware_is_what_qemu_describes_without_secure_boot(self) -> None:
+        file = {"executable": {"filename": "code", "format": "qcow2"}}
+        with tempfile.TemporaryDirectory() as name, mock.patch.object(vm, "FIRMWARE", Path(name)):
+            for number, (architecture, machine, feature, mapping) in enumerate(
+                (
+                    ("x86_64", "pc-q35-*", "secure-boot", file),
+                    ("x86_64", "microvm", "", file),
+                    ("x86_64", "pc-q35-*", "", {"device": "memory"}),
+                    ("aarch64", "virt-*", "", file),
+                )
+            ):
+                target = {"architecture": architecture, "machines": [machine]}
+                described = {"targets": [target], "features": [feature], "mapping": mapping}
+                (Path(name) / f"{number}.json").write_text(json.dumps(described))
+            drive = ["-drive", "if=pflash,readonly=on,format=qcow2,file=code"]
+            self.assertEqual(Setup(2, architecture="aarch64").firmware(), drive)
+            with self.assertRaisesRegex(vm.VMError, "^there is no EFI firmware; .* ovmf"):
+                Setup(2).firmware()
 
     def test_tool_that_hangs_is_ended(self) -> None:
         with self.assertRaisesRegex(vm.VMError, "^sleep did not end within 0.1 s$"):
