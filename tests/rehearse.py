@@ -61,72 +61,67 @@ def add_faults(azure: FakeAzure) -> None:
 # The rehearsal.
 
 
-class Rehearsal:
-    """Boots an image as two VMs, and the second one again; adds each boot to BOOTS."""
+def boot_image(options: argparse.Namespace, setup: Setup, boots: List[VMBoot]) -> None:
+    """Boot two VMs, and the second one again, as long as that tells more; add each boot to BOOTS."""
+    for number in range(2):
+        with VM(options.image, setup, number, options.name) as vm:
+            if options.faults:
+                add_faults(vm.azure)
+            for title in ("first boot", "second boot")[: number + 1]:
+                identity = f"MAC address {vm.mac}, name {vm.azure.computer_name}"
+                tell(f"\nVM {number + 1}, {title} ({identity})")
+                with vm.boot() as boot:
+                    boots.append(boot)
+                    watch(boots, options)
+                    in_vain = boot.fate or not ready_time(boot)
+                    if len(boots) == 2 and not in_vain:
+                        shut_down(boots, options)
+                while not boot.events.empty():
+                    show_event(boot, options.console, *boot.events.get())
+                if in_vain:
+                    return
 
-    def __init__(self, options: argparse.Namespace, setup: Setup, boots: List[VMBoot]) -> None:
-        self.options, self.setup, self.boots = options, setup, boots
-        self._events: Any = queue.Queue()  # of a time, a source and a text, from any thread
 
-    def run(self) -> None:
-        """Boot until nothing more can be learned."""
-        image, name = self.options.image, self.options.name
-        for number in range(2):
-            with VM(image, self.setup, number, name, lambda *e: self._events.put(e)) as vm:
-                if self.options.faults:
-                    add_faults(vm.azure)
-                for title in ("first boot", "second boot")[: number + 1]:
-                    identity = f"MAC address {vm.mac}, name {vm.azure.computer_name}"
-                    tell(f"\nVM {number + 1}, {title} ({identity})")
-                    with vm.boot() as boot:
-                        self.boots.append(boot)
-                        self.watch(boot)
-                        in_vain = boot.fate or not ready_time(boot)
-                        if len(self.boots) == 2 and not in_vain:
-                            self.shut_down(boot)
-                    while not self._events.empty():
-                        self.show_event(*self._events.get())
-                    if in_vain:
-                        return
+def show_event(boot: VMBoot, console: Any, at: float, source: str, text: str) -> None:
+    """Show an event; of the console only what our own script says, and a panic."""
+    if source == "console":
+        if console:
+            console.write(text.encode("utf-8", "replace") + b"\n")
+        said = re.search(r"azure-provisioning\[\d+\]: (.*)|(Kernel panic.*)", text)
+        if not said:
+            return
+        text = said.group(1) or said.group(2)
+    tell(f"{at - boot.started:7.1f} s  {source:<7}  {text:.150}")
 
-    def show_event(self, at: float, source: str, text: str) -> None:
-        """Show an event; of the console only what our own script says, and a panic."""
-        if source == "console":
-            if self.options.console:
-                self.options.console.write(text.encode("utf-8", "replace") + b"\n")
-            said = re.search(r"azure-provisioning\[\d+\]: (.*)|(Kernel panic.*)", text)
-            if not said:
-                return
-            text = said.group(1) or said.group(2)
-        tell(f"{at - self.boots[-1].started:7.1f} s  {source:<7}  {text:.150}")
 
-    def watch(self, boot: VMBoot, latest: float = 0) -> None:
-        """Show what BOOT does, or that we are alive, until it ends, LATEST or its deadline."""
-        while not boot.fate and not boot.off.is_set():
-            until = latest or deadline(self.boots, self.options.timeout)
-            remaining = until - time.monotonic()
-            if remaining <= 0:
-                break
-            if SIGNALS:
-                raise KeyboardInterrupt
-            try:
-                self.show_event(*self._events.get(timeout=min(remaining, 0.5)))
-            except queue.Empty:
-                boot.check()
-                if CLEAR:
-                    state = "Ready" if ready_time(boot) else "DHCP" if boot.dhcp else boot.stage
-                    spent = time.monotonic() - boot.started
-                    os.write(1, f"{CLEAR}{spent:7.0f} s  {state}".encode("ascii"))
-        boot.check()
+def watch(boots: List[VMBoot], options: argparse.Namespace, latest: float = 0) -> None:
+    """Show what the last boot does, or that we are alive, until it ends, LATEST or its deadline."""
+    boot = boots[-1]
+    while not boot.fate and not boot.off.is_set():
+        remaining = (latest or deadline(boots, options.timeout)) - time.monotonic()
+        if remaining <= 0:
+            break
+        if SIGNALS:
+            raise KeyboardInterrupt
+        try:
+            show_event(boot, options.console, *boot.events.get(timeout=min(remaining, 0.5)))
+        except queue.Empty:
+            boot.check()
+            if CLEAR:
+                state = "Ready" if ready_time(boot) else "DHCP" if boot.dhcp else boot.stage
+                spent = time.monotonic() - boot.started
+                os.write(1, f"{CLEAR}{spent:7.0f} s  {state}".encode("ascii"))
+    boot.check()
 
-    def shut_down(self, boot: VMBoot) -> None:
-        """Turn the VM off by its power button, as Azure does, or else by a power cut."""
-        for _ in range(4):  # at first nobody may be there to notice
-            boot.press_power_button()
-            self.watch(boot, time.monotonic() + POWER_OFF_TIMEOUT / 4)
-            if boot.off.is_set():
-                return
-        tell("           The VM ignores its power button: its power is cut.")
+
+def shut_down(boots: List[VMBoot], options: argparse.Namespace) -> None:
+    """Turn the last VM off by its power button, as Azure does, or else by a power cut."""
+    for _ in range(4):  # at first nobody may be there to notice
+        boots[-1].press_power_button()
+        watch(boots, options, time.monotonic() + POWER_OFF_TIMEOUT / 4)
+        if boots[-1].off.is_set():
+            return
+    tell("           The VM ignores its power button: its power is cut.")
 
 
 # What is awaited of a VM. Patience depends on the VM's own pace: emulation is ten times slower.
@@ -464,7 +459,7 @@ def main(arguments: List[str]) -> int:
             setup, how = find_setup(image, options.generation)
             tell(how)
             options.timeout = options.timeout or TIMEOUTS[setup.accelerator]
-            Rehearsal(options, setup, boots).run()
+            boot_image(options, setup, boots)
         status, lines = verdict(image, boots)
         tell("\n".join(lines))
         return status

@@ -13,6 +13,7 @@ import ctypes
 import itertools
 import json
 import os
+import queue
 import re
 import shlex
 import shutil
@@ -41,8 +42,8 @@ socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendmsg(
 )  # the file descriptor 0, in four bytes
 """
 
-# Runs a command in a network namespace of its own, with only a loopback interface.
-# In a user namespace root would lose its access to the files of others.
+# Runs a command in a network namespace of its own, with only a loopback interface. root needs no
+# user namespace for that, where it would lose its access to the files of others.
 MAP_USER = () if os.geteuid() == 0 else ("--map-root-user",)
 UNSHARE = ("unshare", *MAP_USER, "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -414,8 +415,7 @@ def runs_guest(setup: Setup, timeout: float) -> bool:
 class VM(contextlib.ExitStack):
     """One of the VMs that Azure would create from an image: its identity, its Azure, its disk.
 
-    A context manager, which leaves nothing behind. LISTENER is called, from any thread, with the
-    time, the source ("Azure", "DHCP", "console", "VM") and the text of each event.
+    A context manager, which leaves nothing behind.
     """
 
     def __init__(
@@ -424,10 +424,9 @@ class VM(contextlib.ExitStack):
         setup: Setup = Setup(),  # noqa: B008
         number: int = 0,
         name: str = "rehearsal",
-        listener: Callable[[float, str, str], None] = lambda at, source, text: None,
     ) -> None:
         super().__init__()
-        self.setup, self.listener, self.number = setup, listener, number
+        self.setup, self.number = setup, number
         self.image = inspect(image)
         self.mac = f"00:0d:3a:00:00:{number + 1:02x}"  # one of Microsoft's
         names = (f"{name}_{number}", f"{name}{number:06}")  # as in a scale set
@@ -497,6 +496,8 @@ class VMBoot:
 
     def __init__(self, vm: VM) -> None:
         self.vm = vm
+        # Each has a time, a source ("Azure", "DHCP", "console", "VM") and a text.
+        self.events: Any = queue.Queue()
         self.requests: List[Request] = []  # to Azure
         self.dhcp: List[DhcpRequest] = []
         self.lines: List[str] = []  # of the console, without control characters
@@ -596,7 +597,7 @@ class VMBoot:
         now = time.monotonic()
         if source != "VM":
             self.active_time = now
-        self.vm.listener(now, source, printable(text))
+        self.events.put((now, source, printable(text)))
         with self._changed:
             self._changed.notify_all()
 
