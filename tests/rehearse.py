@@ -62,7 +62,7 @@ def add_faults(azure: FakeAzure) -> None:
 
 
 def boot_image(options: argparse.Namespace, setup: Setup, boots: List[VMBoot]) -> None:
-    """Boot two VMs, and the second one again, as long as that tells more; add each boot to BOOTS."""
+    """Boot two VMs, and the second one again, as long as that tells more; fill BOOTS."""
     for number in range(2):
         with VM(options.image, setup, number, options.name) as vm:
             if options.faults:

@@ -247,8 +247,6 @@ def efi_loaders(image: Image) -> Set[str]:
 
 
 SIGNALS: List[int] = []  # that ask us to end: a handler that raised could interrupt the cleaning up
-
-
 PACKAGES = "apt install qemu-system-x86 qemu-utils ovmf; Arm64: qemu-system-arm qemu-efi-aarch64"
 
 
