@@ -419,6 +419,18 @@ class RehearseCommandTest(unittest.TestCase):
         self.assertEqual((process.returncode, errors), (128 + signal.SIGTERM, ""))
         self.assertTrue(output.endswith("Stopped.\n"), output)
 
+    @unittest.skipUnless(shutil.which("qemu-system-x86_64"), "needs QEMU")
+    def test_vm_that_ends_by_itself_does_not_stay_up(self) -> None:
+        for fate, code in (
+            ("resets again and again", "b0fe e664 f4"),  # mov al, 0xfe; out 0x64, al; hlt
+            ("turned itself off", "ba0406 b80020 ef"),  # mov dx, 0x604; mov ax, 0x2000; out dx, ax
+        ):
+            sector = bytes.fromhex(code).ljust(510, b"\0") + b"\x55\xaa"
+            image = self.file("ends", sector.ljust(MIB, b"\0"))
+            output, _ = self.start(image, path=os.environ["PATH"]).communicate(timeout=60)
+            self.assertRegex(output, f"FAIL +stays up +the VM {fate}")
+            self.assertTrue(output.endswith("It will not provision.\n"), output)
+
 
 if __name__ == "__main__":
     unittest.main()
