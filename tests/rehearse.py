@@ -6,164 +6,45 @@ provisioning agent. Only QEMU is needed: no privileges, no network.
 """
 
 import argparse
-import contextlib
 import os
 import queue
 import re
-import shlex
 import signal
 import stat
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import IO, Any, Callable, List, Tuple
 
 from tests.fake_azure import FakeAzure, Request, Reset, Slow, Status
-from tests.vm import (
-    GPT,
-    MIB,
-    SIGNALS,
-    VM,
-    Image,
-    Setup,
-    VMBoot,
-    VMError,
-    efi_loaders,
-    has_private_network,
-    inspect,
-    printable,
-    run_tool,
-)
+from tests.vm import MIB, SIGNALS, VM, Image, Setup, VMBoot, VMError, find_setup, inspect, printable
 
-# The code of EFI firmware without Secure Boot; it keeps its variables in memory.
-FIRMWARE = {
-    "x86_64": (
-        "/usr/share/OVMF/OVMF_CODE_4M.fd",  # Debian, Ubuntu
-        "/usr/share/OVMF/OVMF_CODE.fd",  # Debian 11, Ubuntu 20.04
-        "/usr/share/edk2/ovmf/OVMF_CODE.fd",  # Fedora, RHEL
-        "/usr/share/edk2/x64/OVMF_CODE.4m.fd",  # Arch
-        "/usr/share/qemu/ovmf-x86_64-code.bin",  # openSUSE
-        "/usr/share/edk2-ovmf/OVMF_CODE.fd",  # Gentoo
-        "/usr/share/qemu/edk2-x86_64-code.fd",  # QEMU itself, Alpine
-    ),
-    "aarch64": (
-        "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd",  # Debian, Ubuntu
-        "/usr/share/edk2/aarch64/QEMU_EFI.fd",  # Fedora, RHEL
-        "/usr/share/qemu/edk2-aarch64-code.fd",  # QEMU itself, Alpine
-    ),
-}
-FIRMWARE_PACKAGE = {"x86_64": "ovmf", "aarch64": "qemu-efi-aarch64"}  # of Debian
 CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
 
-# Programs that end at once. A boot sector: mov al, 0xfe; out 0x64, al; hlt. And code that calls
-# PSCI's SYSTEM_OFF: movz w0, 8; movk w0, 0x8400, lsl 16; hvc 0.
-SIGNATURE = b"\x55\xaa"
-RESET_SECTOR = b"\xb0\xfe\xe6\x64\xf4".ljust(510, b"\0") + SIGNATURE
-POWER_OFF_CODE = bytes.fromhex("00018052 0080b072 020000d4")
-KVM_TIMEOUT = 1  # second; ten times what it takes where KVM works
 TIMEOUTS = {"kvm": 180, "tcg": 600}  # seconds, for each boot
 
 NAME_PREFIX = r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z"  # six digits follow: hostname(7)
 POWER_OFF_TIMEOUT = 20  # seconds; long enough for a journal of 5 s to reach the disk
 LOADED = 16 * MIB  # has been read from the disk once a kernel is loaded
-MAX_RESETS = 2  # the first boot of some images ends with one
 CONSOLE_LINES = 6  # of trouble, and of the end, that are shown with a verdict
 NO_ROOT = re.compile(
     r"Unable to mount root|Gave up waiting for root|ALERT! .* does not exist|emergency (mode|shell)"
     r"|dracut-initqueue.*timeout|Timed out waiting for device|Warning: /dev/.* does not exist"
 )
-TROUBLE = re.compile(
-    rf"FAILED|Error\b|Kernel panic|Failed to|azure-provisioning\[|{NO_ROOT.pattern}"
-)
+TROUBLE = re.compile(r"FAILED|Error\b|Kernel panic|Failed to|azure-prov|" + NO_ROOT.pattern)
 
 # Resources of IMDS whose answer holds the computer name.
 NAME_RESOURCES = ("computerName", "osProfile", "compute", "instance")
 
 # Agents by their User-Agent or x-ms-agent-name; cloud-init calls itself WALinuxAgent in the latter.
 AGENT_NAMES = ("cloud-init", "afterburn", "azure-init", "walinuxagent", "custom-provisioning")
-DAEMONS = ("walinuxagent",)  # which talk to the WireServer for as long as the VM runs
+DAEMON = "walinuxagent"  # which talks to the WireServer for as long as the VM runs
 
-TERMINAL = os.isatty(1)
-CLEAR = "\r\x1b[K" if TERMINAL else ""  # the line that shows that we are alive
+CLEAR = "\r\x1b[K" if os.isatty(1) else ""  # the line that shows that we are alive
 
 
 def tell(text: str) -> None:
     os.write(1, f"{CLEAR}{text}\n".encode("utf-8", "replace"))
-
-
-# What the image is, and how its VMs can be run here.
-
-
-def find_setup(image: Image, generation: int) -> Tuple[Setup, str]:
-    """How to run the VMs, and a line that tells it; raises VMError if it cannot be done."""
-    generation, architecture, why = choose_machine(image, generation)
-    firmware = next(filter(os.path.exists, FIRMWARE[architecture]), "")
-    if generation == 2 and not firmware:
-        package = FIRMWARE_PACKAGE[architecture]
-        raise VMError(f"there is no EFI firmware (in Debian: apt install {package})")
-    run_tool(f"qemu-system-{architecture}", "--version")  # raises VMError if there is none
-    setup = Setup(generation, "kvm", has_private_network(), firmware, architecture)
-    how = "KVM"
-    if not runs_guest(setup, KVM_TIMEOUT):
-        setup, how = setup._replace(accelerator="tcg"), "emulated, as KVM does not run a guest here"
-    network = "a private network" if setup.private else "the guest can reach this machine's network"
-    return setup, f"generation {generation} ({why}); {how}, {network}"
-
-
-def choose_machine(image: Image, generation: int) -> Tuple[int, str, str]:
-    """The generation of the VM, unless it is given; the architecture; and how that is known."""
-    found = efi_loaders(image)
-    if found == ["aarch64"]:
-        if generation == 1:
-            raise VMError("Arm64 VMs are of generation 2")
-        return 2, "aarch64", "it has EFI/BOOT/BOOTAA64.EFI: Arm64"
-    bios = any(image.read(0, 512)[:440])
-    if generation:
-        return generation, "x86_64", "as you say"
-    if found and bios:
-        return 2, "x86_64", "Azure's default; it can boot as generation 1, too"
-    if found:
-        return 2, "x86_64", "it has EFI/BOOT/BOOTX64.EFI"
-    if bios:
-        return 1, "x86_64", "it has BIOS boot code, and no EFI/BOOT/BOOTX64.EFI"
-    return 2, "x86_64", "Azure's default; it has neither EFI/BOOT/BOOTX64.EFI nor BIOS boot code"
-
-
-def runs_guest(setup: Setup, timeout: float) -> bool:
-    """Whether a guest runs, and ends within TIMEOUT s; that /dev/kvm opens would prove little."""
-    arm = setup.architecture == "aarch64"
-    with tempfile.NamedTemporaryFile(prefix="azure-vm-") as program:
-        program.write(POWER_OFF_CODE if arm else RESET_SECTOR)
-        program.flush()
-        drive = ("-drive", f"file.filename={program.name},format=raw")
-        how = ("-bios", program.name) if arm else drive
-        with contextlib.suppress(VMError):
-            run_tool(*setup._replace(generation=1).machine(), "-no-reboot", *how, timeout=timeout)
-            return True
-    return False
-
-
-def amount(size: int) -> str:
-    """A size, not rounded."""
-    return f"{size:,} bytes" if size % MIB else f"{size // MIB:,} MiB"
-
-
-def upload_commands(path: Path, image: Image) -> List[str]:
-    """The commands that make of an image the VHD that Azure takes."""
-    name, source = shlex.quote(printable(str(path))), f"-f {image.format} "
-    if image.format == "vpc":
-        name, source = shlex.quote(printable(image.options)), "--image-opts "
-    commands = []
-    if image.size % MIB:
-        if image.format != "raw":
-            commands.append(f"qemu-img convert {source}{name} -O raw disk.raw")
-            name, source = "disk.raw", "-f raw "
-        commands.append(f"truncate -s %1M {name}")
-        if image.read(0, 512)[450] == GPT:
-            commands.append(f"sfdisk --relocate gpt-bak-std {name}")
-    fixed = "-O vpc -o subformat=fixed,force_size disk.vhd"
-    return [*commands, f"qemu-img convert {source}{name} {fixed}"]
 
 
 def add_faults(azure: FakeAzure) -> None:
@@ -180,110 +61,70 @@ def add_faults(azure: FakeAzure) -> None:
 # The rehearsal.
 
 
-class Rehearsal:
-    """The boots of an image, as far as it got."""
+def boot_image(options: argparse.Namespace, setup: Setup, boots: List[VMBoot]) -> None:
+    """Boot two VMs, and the second one again, as long as that tells more; fill BOOTS."""
+    for number in range(2):
+        with VM(options.image, setup, number, options.name) as vm:
+            if options.faults:
+                add_faults(vm.azure)
+            for title in ("first boot", "second boot")[: number + 1]:
+                identity = f"MAC address {vm.mac}, name {vm.azure.computer_name}"
+                tell(f"\nVM {number + 1}, {title} ({identity})")
+                with vm.boot() as boot:
+                    boots.append(boot)
+                    watch(boots, options)
+                    in_vain = boot.fate or not ready_time(boot)
+                    if len(boots) == 2 and not in_vain:
+                        shut_down(boots, options)
+                while not boot.events.empty():
+                    show_event(boot, options.console, *boot.events.get())
+                if in_vain:
+                    return
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        image: Image,
-        setup: Setup = Setup(),  # noqa: B008
-        console: Optional[IO[bytes]] = None,
-    ) -> None:
-        self.options, self.image, self.setup, self.console = options, image, setup, console
-        self.boots: List[VMBoot] = []  # the first boot of each VM
-        self.reboot: Optional[VMBoot] = None  # the second boot of the second VM
-        self.fates: Dict[VMBoot, str] = {}  # why a VM ended early
-        self._events: Any = queue.Queue()  # of a time, a source and a text, from any thread
 
-    @property
-    def last(self) -> VMBoot:
-        return self.reboot or self.boots[-1]
+def show_event(boot: VMBoot, console: Any, at: float, source: str, text: str) -> None:
+    """Show an event; of the console only what our own script says, and a panic."""
+    if source == "console":
+        if console:
+            console.write(text.encode("utf-8", "replace") + b"\n")
+        said = re.search(r"azure-provisioning\[\d+\]: (.*)|(Kernel panic.*)", text)
+        if not said:
+            return
+        text = said.group(1) or said.group(2)
+    tell(f"{at - boot.started:7.1f} s  {source:<7}  {text:.150}")
 
-    def run(self) -> None:
-        """Boot two VMs, and the second one again; stop when nothing more can be learned."""
-        image, name = self.options.image, self.options.name
-        for number in range(2):
-            with VM(image, self.setup, number, name, lambda *e: self._events.put(e)) as vm:
-                if self.options.faults:
-                    add_faults(vm.azure)
-                with self.power_on(vm, f"VM {number + 1}, first boot") as boot:
-                    self.boots.append(boot)
-                    self.watch(boot, second=False)
-                    if not ready_time(boot) or self.fates:
-                        return
-                    if number == 1:
-                        self.shut_down(boot)
-                if number == 1:
-                    with self.power_on(vm, "VM 2, second boot") as self.reboot:
-                        self.watch(self.reboot, second=True)
 
-    @contextlib.contextmanager
-    def power_on(self, vm: VM, title: str) -> Iterator[VMBoot]:
-        tell(f"\n{title} (MAC address {vm.mac}, name {vm.azure.computer_name})")
-        with vm.boot() as boot:
-            self._started = boot.started
-            yield boot
-        while not self._events.empty():
-            self.show_event(*self._events.get())
-
-    def show_event(self, at: float, source: str, text: str) -> None:
-        """Show an event; of the console only what our own script says, and a panic."""
-        if source == "console":
-            if self.console:
-                self.console.write(text.encode("utf-8", "replace") + b"\n")
-            said = re.search(r"azure-provisioning\[\d+\]: (.*)|(Kernel panic.*)", text)
-            if not said:
-                return
-            text = said.group(1) or said.group(2)
-        tell(f"{at - self._started:7.1f} s  {source:<7}  {text:.150}")
-
-    def watch(self, boot: VMBoot, second: bool) -> None:
-        """Watch BOOT until nothing more is to be expected of it."""
-        latest = boot.started + self.options.timeout
-        while not (boot.off.is_set() or boot.panic or boot.resets > MAX_RESETS):
-            remaining = min(deadline(boot, second), latest) - time.monotonic()
-            if remaining <= 0:
-                break
-            self.step(boot, min(remaining, 0.5))
-        boot.check()
-        if boot.panic:
-            self.fates[boot] = boot.panic
-        elif boot.off.is_set():
-            self.fates[boot] = "the VM turned itself off"
-        elif boot.resets > MAX_RESETS:
-            self.fates[boot] = "the VM resets again and again"
-
-    def step(self, boot: VMBoot, timeout: float) -> None:
-        """Show the next event, if there is one within TIMEOUT s, or else that we are alive."""
+def watch(boots: List[VMBoot], options: argparse.Namespace, latest: float = 0) -> None:
+    """Show what the last boot does, or that we are alive, until it ends, LATEST or its deadline."""
+    boot = boots[-1]
+    while not boot.fate and not boot.off.is_set():
+        remaining = (latest or deadline(boots, options.timeout)) - time.monotonic()
+        if remaining <= 0:
+            break
         if SIGNALS:
             raise KeyboardInterrupt
         try:
-            self.show_event(*self._events.get(timeout=timeout))
+            show_event(boot, options.console, *boot.events.get(timeout=min(remaining, 0.5)))
         except queue.Empty:
             boot.check()
-            if TERMINAL:
+            if CLEAR:
                 state = "Ready" if ready_time(boot) else "DHCP" if boot.dhcp else boot.stage
                 spent = time.monotonic() - boot.started
                 os.write(1, f"{CLEAR}{spent:7.0f} s  {state}".encode("ascii"))
+    boot.check()
 
-    def shut_down(self, boot: VMBoot) -> None:
-        """Turn the VM off by its power button, as Azure does, or else by a power cut."""
-        for _ in range(4):  # at first nobody may be there to notice
-            boot.press_power_button()
-            until = time.monotonic() + POWER_OFF_TIMEOUT / 4
-            while time.monotonic() < until:
-                if boot.off.is_set():
-                    return
-                self.step(boot, 0.1)
-        tell("           The VM ignores its power button: its power is cut.")
+
+def shut_down(boots: List[VMBoot], options: argparse.Namespace) -> None:
+    """Turn the last VM off by its power button, as Azure does, or else by a power cut."""
+    for _ in range(4):  # at first nobody may be there to notice
+        boots[-1].press_power_button()
+        watch(boots, options, time.monotonic() + POWER_OFF_TIMEOUT / 4)
+        if boots[-1].off.is_set():
+            return
+    tell("           The VM ignores its power button: its power is cut.")
 
 
 # What is awaited of a VM. Patience depends on the VM's own pace: emulation is ten times slower.
-
-
-def metadata_requests(boot: VMBoot) -> List[Request]:
-    return [request for request in boot.requests if request.path.startswith("/metadata/")]
 
 
 def reports(boot: VMBoot, state: bytes) -> List[Request]:
@@ -304,23 +145,26 @@ def named_time(boot: VMBoot) -> float:
     return next((r.time for r in boot.dhcp if r.name.lower().split(".")[0] == name), 0)
 
 
-def deadline(boot: VMBoot, second: bool) -> float:
-    """Until when a VM's first or second boot is worth watching, on the clock.
+def deadline(boots: List[VMBoot], timeout: float) -> float:
+    """Until when the last of BOOTS is worth watching, on the clock; the third is a reboot.
 
     An agent may be done long before the boot is, and a VM that is still booting ignores its power
     button: hence the login prompt, and more patience if there is none.
     """
+    boot, second = boots[-1], len(boots) == 3
     ready, named, prompt = ready_time(boot), named_time(boot), boot.prompt_time
-    done = ready or second  # but a daemon goes on asking
-    asked = [request for request in boot.requests if not (done and agent(request) in DAEMONS)]
-    times = [event.time for events in (asked, boot.dhcp) for event in events]
-    last = max(boot.started, prompt, *times)
     if not prompt and not (named if second else ready):
-        pace = boot.active_time - boot.started
-        return boot.active_time + max(10 if lost(boot) else 120, pace / 2)
-    pace = (last if second else ready or prompt) - boot.started
-    finished = prompt and named and done
-    return last + (max(8, pace / 3) if finished else max(10, pace))
+        last = boot.active_time
+        patience = max(10 if lost(boot) else 120, (last - boot.started) / 2)
+    else:
+        done = ready or second  # but a daemon goes on asking
+        asked = [each for each in boot.requests if not done or agent(each) != DAEMON]
+        times = [event.time for events in (asked, boot.dhcp) for event in events]
+        last = max([prompt, *times])
+        pace = (last if second else ready or prompt) - boot.started
+        finished = prompt and named and done
+        patience = max(8, pace / 3) if finished else max(10, pace)
+    return min(last + patience, boot.started + timeout)
 
 
 def lost(boot: VMBoot) -> bool:
@@ -328,21 +172,11 @@ def lost(boot: VMBoot) -> bool:
     return not boot.prompt_time and not boot.dhcp and bool(NO_ROOT.search(boot.console))
 
 
-def is_booting(boot: VMBoot) -> bool:
-    """Whether it was still at work when the time ran out."""
-    idle = boot.started + boot.seconds - boot.active_time
-    return not boot.prompt_time and idle < max(30, boot.seconds / 4)
-
-
-def is_silent(boot: VMBoot) -> bool:
-    return boot.stage == "firmware"
-
-
 def seconds(boot: VMBoot, at: float) -> str:
     return f"after {at - boot.started:.1f} s"
 
 
-# The checks, in the order in which they are shown: each returns what it found, and a remark.
+# The checks of a boot, or of all: each returns what it found, and a remark.
 
 Outcome = Tuple[str, str]
 PASS, FAIL, UNSURE = "ok", "FAIL", "?"
@@ -351,97 +185,88 @@ VHD_HEADING = "The VHD that Azure takes:"
 UNTOLD = "It could not be told whether it will provision."
 
 
-def can_be_uploaded(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    image = rehearsal.image
+def can_be_uploaded(image: Image) -> Outcome:
     if image.obstacle:
         return FAIL, f"Azure refuses this VHD: {image.obstacle}"
     if image.format == "vpc":
         return PASS, "a VHD of fixed size, in whole MiB"
-    size = f" of {amount(image.size)}, not whole MiB" if image.size % MIB else ""
-    return PASS, f"once it is a VHD; now it is {image.format}{size}"
+    return PASS, f"once it is a VHD of fixed size, in whole MiB; now it is {image.format}"
 
 
-def asks_dhcp(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    setup, first = rehearsal.setup, rehearsal.boots[0]
-    here = boot.interface or "of a name that its console does not tell"
+def asks_dhcp(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
+    setup, first, what = boot.vm.setup, boots[0], "no DHCP request"
+    here, state = boot.interface or "of a name that its console does not tell", FAIL
     if boot.dhcp:
-        remark = f", on {boot.interface}" if boot.interface else ""
-        return PASS, f"{seconds(boot, boot.dhcp[0].time)}, by {boot.dhcp[0].client}{remark}"
-    what = "no DHCP request"
+        on = f", on {boot.interface}" if boot.interface else ""
+        return PASS, seconds(boot, boot.dhcp[0].time) + on
     if lost(boot):
         reason = "the system does not find its root file system: see its console"
         if boot is not first and setup.generation == 2:
-            reason = (
-                "it is the disk driver: this VM's disk is NVMe, as on Azure's newer sizes; the "
-                "initramfs lacks the driver nvme, or something names a disk by /dev/vda or the like"
-            )
+            reason = "it is the disk driver: VM 2 has an NVMe disk, as Azure's newer sizes; the "
+            reason += "initramfs lacks the driver nvme, or something names a disk by /dev/vda"
         return FAIL, f"{what} within {boot.seconds:.0f} s: {reason}"
-    if is_silent(boot):
-        if boot.read_bytes < LOADED:
-            other = 3 - setup.generation
-            reason = f"no kernel was loaded: is it a disk of generation {other}?"
-            return absent(what, reason, boot, rehearsal)
+    if boot.stage == "firmware" and boot.read_bytes < LOADED:
+        reason = f"no kernel was loaded: is it a disk of generation {3 - setup.generation}?"
+    elif boot.stage == "firmware":
         reason = f"its console says nothing: set console={CONSOLES[setup.architecture]}, try again"
-        return absent(what, reason, boot, rehearsal, UNSURE)
-    if boot is not first:
-        reason = (
-            f"it is the interface name: the network configuration is bound to {first.interface}, "
-            f"as it was in VM 1. The interface is {here} here, and eth0 on Azure"
-        )
-        return absent(what, reason, boot, rehearsal)
-    unbound = "there is no DHCP client, or its configuration is bound to another MAC address"
-    if boot.interface == "eth0":
-        reason = f"{unbound} or to another interface name than eth0"
-        return absent(what, reason, boot, rehearsal)
-    reason = (
-        f"its configuration may name eth0, which is Azure's name and was {here} here: "
-        f"add net.ifnames=0 and rehearse it again; or {unbound}"
-    )
-    return absent(what, reason, boot, rehearsal, UNSURE)
+        state = UNSURE
+    elif boot is not first:
+        reason = f"it is the interface: bound to VM 1's, {first.interface}, by its name or slot; "
+        reason += f"here it is {here}, and eth0 on Azure"
+    else:
+        reason = "there is no DHCP client, or its configuration is bound to another MAC address"
+        if boot.interface == "eth0":
+            reason += " or to another interface name than eth0"
+        else:
+            eth0 = f"its configuration may name eth0, Azure's name, which was {here} here: add "
+            state, reason = UNSURE, f"{eth0}net.ifnames=0 and rehearse it again; or {reason}"
+    return absent(what, reason, boot, state)
 
 
-def absent(
-    what: str, reason: str, boot: VMBoot, rehearsal: Rehearsal, state: str = FAIL
-) -> Outcome:
+def absent(what: str, reason: str, boot: VMBoot, state: str = FAIL) -> Outcome:
     """That WHAT did not come: because the VM ended early or is not ready yet, or for REASON."""
-    if boot in rehearsal.fates:
-        state, reason = FAIL, rehearsal.fates[boot]
-    elif is_booting(boot):
+    idle = boot.started + boot.seconds - boot.active_time
+    if boot.fate:
+        state, reason = FAIL, boot.fate
+    elif not boot.prompt_time and idle < max(30, boot.seconds / 4):
         state, reason = UNSURE, "it was still booting when the time ran out: raise --timeout"
     return state, f"{what} within {boot.seconds:.0f} s: {reason}"
 
 
-def reaches_azure(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
+def reaches_azure(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if boot.requests:
         return PASS, seconds(boot, boot.requests[0].time)
     if not boot.dhcp:
         return NOT_REACHED
     what = "it asks DHCP but sends no request"
     reason = "its unit is not enabled or cannot start, or a firewall blocks it: see its console"
-    return absent(what, reason, boot, rehearsal)
+    return absent(what, reason, boot)
 
 
-def reports_ready(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
+def reports_ready(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if not boot.requests:
         return NOT_REACHED
     ready, not_ready = reports(boot, b"Ready"), reports(boot, b"NotReady")
+    if ready:  # waagent reports NotReady, too, when it begins; a failure is final
+        not_ready = [report for report in not_ready if b"ProvisioningFailed" in report.body]
+    if not_ready:
+        return FAIL, f"it reported NotReady: {printable(not_ready[-1].body):.300}"
     if ready:
         times = f", {len(ready)} times" if len(ready) > 1 else ""
         return PASS, seconds(boot, ready[0].time) + times
-    if not_ready:
-        return FAIL, f"it reported NotReady: {printable(not_ready[-1].body):.300}"
     for request in reversed(boot.requests):
         if request.reason and not request.path.startswith("/metadata/"):
             state = UNSURE if request.status == 404 else FAIL  # Azure may have it
             return state, f"refused with status {request.status}: {request.reason}"
-    return absent("no Ready", "see its console", boot, rehearsal)
+    return absent("no Ready", "see its console", boot)
 
 
-def takes_computer_name(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    azure, asked = boot.vm.azure, metadata_requests(boot)
+def takes_computer_name(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
+    azure, name = boot.vm.azure, boot.vm.azure.computer_name
+    asked = [request for request in boot.requests if request.path.startswith("/metadata/")]
     if not ready_time(boot) and not asked:
         return NOT_REACHED
-    wanted = f"compute/osProfile/computerName, {azure.computer_name}"
+    wanted = f"compute/osProfile/computerName, {name}"
     resource_names = {azure.vm_name, azure.vm_name.replace("_", "")}  # hostnamectl drops it
     taken = resource_names & {request.name for request in boot.dhcp}
     if taken:
@@ -449,38 +274,38 @@ def takes_computer_name(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     for request in asked:
         late = 0 < named_time(boot) < request.time  # for another purpose
         if request.resource in NAME_RESOURCES and request.status == 200 and not late:
-            return PASS, f"{azure.computer_name}, from {printable(request.path.split('?')[0])}"
+            return PASS, f"{name}, from {printable(request.path.split('?')[0])}"
     if named_time(boot):
-        return PASS, f"{azure.computer_name}, from the provisioning DVD"
-    paths = sorted({printable(request.path.split("?")[0]) for request in asked})
-    return FAIL, f"it asked IMDS for {', '.join(paths) or 'nothing'}, not for {wanted}"
+        return PASS, f"{name}, from the provisioning DVD"
+    paths = printable(", ".join(sorted({request.path.split("?")[0] for request in asked})))
+    return FAIL, f"it asked IMDS for {paths or 'nothing'}, not for {wanted}"
 
 
-def publishes_name(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
+def publishes_name(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if named_time(boot):
         return PASS, seconds(boot, named_time(boot))
-    if not rehearsal.reboot or not boot.dhcp:
+    if len(boots) < 3 or not boot.dhcp:
         return NOT_REACHED
-    last = boot.dhcp[-1]
-    return FAIL, f"not before a reboot; its client, {last.client}, sent the name {last.name!r}"
+    return FAIL, f"not before a reboot; its DHCP client sent the name {boot.dhcp[-1].name!r}"
 
 
-def speaks(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    if not is_silent(boot):
+def speaks(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
+    if boot.stage != "firmware":
         return PASS, f"{len(boot.lines)} lines"
     if boot.read_bytes < LOADED and not boot.requests:
         return NOT_REACHED
-    console = CONSOLES[rehearsal.setup.architecture]
+    console = CONSOLES[boot.vm.setup.architecture]
     return FAIL, f"Azure's boot diagnostics will be empty: the kernel needs console={console}"
 
 
-def is_the_only_agent(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
+def is_the_only_agent(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if not boot.requests:
         return NOT_REACHED
-    agents = sorted(filter(None, {agent(request) for request in boot.requests}))
+    # One may begin late: the other boots count, too.
+    agents = sorted(filter(None, {agent(r) for each in boots for r in each.requests}))
     # waagent provisions if it says so first; or it waits for cloud-init, or leaves it to another.
-    starts = "walinuxagent" in map(agent, reports(boot, b"NotReady"))
-    if "walinuxagent" in agents and len(agents) == 2 and ("cloud-init" in agents or not starts):
+    starts = any(agent(r) == DAEMON for each in boots for r in reports(each, b"NotReady"))
+    if DAEMON in agents and len(agents) == 2 and ("cloud-init" in agents or not starts):
         return PASS, f"{agents[0]}; walinuxagent leaves provisioning to it"
     if len(agents) > 1:
         return FAIL, f"{len(agents)} agents talk to Azure: {', '.join(agents)}; leave one enabled"
@@ -490,51 +315,52 @@ def is_the_only_agent(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
 def agent(request: Request) -> str:
     """The agent that sent REQUEST, by what it calls itself or by what no other agent asks for."""
     headers = {name.lower(): value for name, value in request.headers.items()}
-    for header in ("user-agent", "x-ms-agent-name", "x-ms-guest-agent-name"):
-        for name in AGENT_NAMES:
-            if name in headers.get(header, "").lower():
-                return name
+    names = ("user-agent", "x-ms-agent-name", "x-ms-guest-agent-name")
+    said = " ".join(headers.get(name, "") for name in names).lower()
+    for name in AGENT_NAMES:
+        if name in said:
+            return name
     if request.resource in ("versions", "telemetrydata"):
         return "walinuxagent"
     return printable(headers.get("x-ms-agent-name", ""))
 
 
-def stays_up(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    for fate in rehearsal.fates.values():
-        return FAIL, f"{fate}, {seconds(rehearsal.last, rehearsal.last.active_time)}"
+def stays_up(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
+    for each in boots:
+        if each.fate:
+            return FAIL, f"{each.fate}, {seconds(each, each.active_time)}"
     return PASS, ""
 
 
-def second_vm_is_the_same(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    if len(rehearsal.boots) < 2:
+def second_vm_is_the_same(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
+    if len(boots) < 2:
         return NOT_REACHED
     for title, check in VM_CHECKS:
-        first, second = (check(each, rehearsal) for each in rehearsal.boots)
+        first, second = (check(each, boots) for each in boots[:2])
         if first[0] != second[0]:
             state = UNSURE if second[0] == UNSURE else FAIL
             return state, f"{title}: {second[1]}" if second[0] != PASS else f"{title}: only VM 2"
     return PASS, ""
 
 
-def is_silent_after_a_reboot(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
-    reboot = rehearsal.reboot
-    if not reboot:
+def is_silent_after_a_reboot(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
+    if len(boots) < 3:
         return NOT_REACHED
-    asked = [request for request in reboot.requests if agent(request) not in DAEMONS]
+    reboot = boots[2]
+    asked = [request for request in reboot.requests if agent(request) != DAEMON]
     if any(report in asked for report in reports(reboot, b"Ready")):
         return FAIL, "it reported Ready again: the unit was not disabled (a read-only root?)"
     if not reboot.dhcp:
-        return absent("no DHCP request", "see its console", reboot, rehearsal)
+        return absent("no DHCP request", "see its console", reboot)
     if not named_time(reboot):
         name = reboot.vm.azure.computer_name
         return FAIL, f"it asks DHCP with the name {reboot.dhcp[-1].name!r}, not {name!r}"
-    metadata = [request for request in asked if request in metadata_requests(reboot)]
-    if len(metadata) < len(asked):
+    if not all(request.path.startswith("/metadata/") for request in asked):
         return FAIL, "it asks the WireServer at each boot: the unit was not disabled"
     return PASS, f"but for requests to IMDS: {len(asked)}" if asked else ""
 
 
-VM_CHECKS: List[Tuple[str, Callable[[VMBoot, Rehearsal], Outcome]]] = [
+VM_CHECKS: List[Tuple[str, Callable[[VMBoot, List[VMBoot]], Outcome]]] = [
     ("asks DHCP", asks_dhcp),
     ("reaches Azure", reaches_azure),
     ("reports Ready", reports_ready),
@@ -559,31 +385,27 @@ def excerpt(boot: VMBoot) -> List[str]:
     return ["", "From its console:", *shown] if shown else []
 
 
-def verdict(rehearsal: Rehearsal) -> Tuple[int, List[str]]:
+def verdict(image: Image, boots: List[VMBoot]) -> Tuple[int, List[str]]:
     """The exit status, and the lines that say what was found."""
-    boots = rehearsal.boots
-    first: Any = boots[0] if boots else None
-    outcomes = [("can be uploaded", *can_be_uploaded(first, rehearsal))]
+    outcomes = [("can be uploaded", *can_be_uploaded(image))]
     for title, check in ALL_CHECKS:
-        outcomes.append((title, *(check(first, rehearsal) if boots else NOT_REACHED)))
+        outcomes.append((title, *(check(boots[0], boots) if boots else NOT_REACHED)))
     lines = ["", *(f"  {state:<4}  {title:<23}  {remark}" for title, state, remark in outcomes)]
     states = [state for _, state, _ in outcomes]
-    ready = bool(boots) and bool(ready_time(boots[-1]))
-    if boots and (not ready or rehearsal.fates or UNSURE in states):
-        lines += excerpt(rehearsal.last)
-    if rehearsal.image.format != "vpc" or rehearsal.image.obstacle:
-        commands = upload_commands(rehearsal.options.image, rehearsal.image)
-        lines += ["", VHD_HEADING, *(f"  {command}" for command in commands)]
-    if FAIL in states:
-        unsure = ", or not correctly" if UNSURE in states else ""
-        result = f"It will not provision{unsure}."
-        if ready:
-            result = "It will provision, but not correctly."
-    elif UNSURE in states:
-        result = UNTOLD
+    ready = bool(boots) and all(map(ready_time, boots[:2]))
+    ended = [boot for boot in boots if boot.fate]
+    if boots and (not ready or ended or UNSURE in states):
+        lines += excerpt((ended or boots)[-1])
+    if image.format != "vpc" or image.obstacle:
+        lines += ["", VHD_HEADING, *(f"  {command}" for command in image.upload_commands())]
+    failed, unsure = FAIL in states, UNSURE in states
+    if failed and ready:
+        result = "It will provision, but not correctly."
+    elif failed:
+        result = f"It will not provision{', or not correctly' if unsure else ''}."
     else:
-        result = "It will provision."
-    status = 1 if FAIL in states else 3 if UNSURE in states else 0
+        result = UNTOLD if unsure else "It will provision."
+    status = 1 if failed else 3 if unsure else 0
     return status, [line.rstrip() for line in [*lines, "", result]]
 
 
@@ -629,35 +451,30 @@ def main(arguments: List[str]) -> int:
     options = parse_command_line(arguments)
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, lambda number, frame: SIGNALS.append(number))
-    rehearsal = None
+    boots: List[VMBoot] = []
     try:
-        console = open_console(options.console) if options.console else None
+        if options.console:
+            options.console = open_console(options.console)
         image = inspect(options.image)
-        if image.read(0, 512)[510:] != SIGNATURE:
+        if image.read(0, 512)[510:] != b"\x55\xaa":
             reason = f"its first sector has no boot signature ({image.format})"
             raise VMError(f"{options.image}: nothing to boot: {reason}")
-        what = f"{printable(str(options.image))}: {image.format}, {amount(image.size)}"
-        rehearsal = Rehearsal(options, image, console=console)
-        if image.obstacle:
-            tell(what)
-        else:
-            rehearsal.setup, how = find_setup(image, options.generation)
-            options.timeout = options.timeout or TIMEOUTS[rehearsal.setup.accelerator]
-            tell(f"{what}, {how}")
-            rehearsal.run()
-        status, lines = verdict(rehearsal)
+        tell(f"{printable(str(options.image))}: {image.format}, {image.size / MIB:,} MiB")
+        if not image.obstacle:
+            setup, how = find_setup(image, options.generation)
+            tell(how)
+            options.timeout = options.timeout or TIMEOUTS[setup.accelerator]
+            boot_image(options, setup, boots)
+        status, lines = verdict(image, boots)
         tell("\n".join(lines))
         return status
     except KeyboardInterrupt:
-        if rehearsal and rehearsal.boots:
-            tell("\n".join(excerpt(rehearsal.last)))
-        tell("Stopped.")
+        tell("\n".join([*(excerpt(boots[-1]) if boots else ()), "Stopped."]))
         return 128 + SIGNALS[0]
     except BrokenPipeError:  # nobody reads the output
         return 128 + signal.SIGPIPE
     except (OSError, VMError) as error:
-        reason = printable(str(error)).partition("] ")[2] if isinstance(error, OSError) else ""
-        reason = reason or printable(str(error))
+        reason = re.sub(r"\A\[Errno \d+\] ", "", printable(str(error)))
         sys.stderr.write(f"{CLEAR}python3 -m tests.rehearse: error: {reason}\n")
         return 2
 

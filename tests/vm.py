@@ -10,10 +10,10 @@ Times are in seconds of the monotonic clock.
 
 import contextlib
 import ctypes
-import fcntl
 import itertools
 import json
 import os
+import queue
 import re
 import shlex
 import shutil
@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from azure_provision import AZURE_CHASSIS_ASSET_TAG, IMDS, WIRESERVER
 from tests.fake_azure import Address, FakeAzure, Request, describe
@@ -42,10 +42,11 @@ socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendmsg(
 )  # the file descriptor 0, in four bytes
 """
 
-CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000  # unshare(2)
+# Runs a command in a network namespace of its own, with only a loopback interface. root needs no
+# user namespace for that, where it would lose its access to the files of others.
+MAP_USER = () if os.geteuid() == 0 else ("--map-root-user",)
+UNSHARE = ("unshare", *MAP_USER, "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 PR_SET_PDEATHSIG = 1  # prctl(2)
-SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1  # netdevice(7)
-
 
 MIB = 1024 * 1024  # bytes
 FIXED_VHD, EXTERNAL_DATA = 2, 4  # the kind in a VHD's footer; a feature in a qcow2's header
@@ -56,6 +57,7 @@ MAX_SEARCH, SEARCH_STEP = 4 * 1024 * 1024, 128 * 1024  # sectors
 KERNEL = re.compile(r"Linux version |^\[ *\d+\.\d{6}\] ")
 PROMPT = re.compile(r"(?<!Last )\blogin:")
 LONGEST_LINE = 4096  # bytes, of a console
+MAX_RESETS = 2  # the first boot of some images ends with one
 
 
 class VMError(Exception):
@@ -82,25 +84,6 @@ class Door(socket.socket):
         return socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, descriptor), ("guest", 0)
 
 
-def enter_private_network() -> None:
-    """Move this process into a network namespace of its own, with only a loopback interface.
-
-    Raises OSError if the kernel does not let this user have one.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNET) and libc.unshare(CLONE_NEWUSER | CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "unshare")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
-
-
-def has_private_network() -> bool:
-    """Whether this user may have a network namespace."""
-    with contextlib.suppress(subprocess.SubprocessError):
-        return subprocess.call(["true"], preexec_fn=enter_private_network) == 0
-    return False
-
-
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent ends, however it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -114,18 +97,14 @@ class DhcpRequest(NamedTuple):
 
     time: float
     kind: str  # "DISCOVER", "REQUEST" or "INFORM"
-    name: str  # option 12, or else 81; empty if there is neither
-    client: str  # as far as its options tell: "systemd-networkd"
+    name: str  # option 12, or else the first label of 81; empty if there is neither
 
 
 # What Azure's server answers besides: option 245 is the WireServer, 121 the routes (RFC 3442).
 ROUTER = socket.inet_aton("168.0.0.2")
-ROUTES = (
-    b"\0"
-    + b"".join(ROUTER + b"\x20" + socket.inet_aton(address) for address in (WIRESERVER, IMDS))
-    + ROUTER
-)
-AZURE_OPTIONS = b"\xf5\4" + socket.inet_aton(WIRESERVER) + bytes([121, len(ROUTES)]) + ROUTES
+SERVER, METADATA = socket.inet_aton(WIRESERVER), socket.inet_aton(IMDS)
+ROUTES = ROUTER.join([b"\0", b"\x20" + SERVER, b"\x20" + METADATA, b""])
+AZURE_OPTIONS = b"\xf5\4" + SERVER + bytes([121, len(ROUTES)]) + ROUTES
 
 
 def as_azure_answers(frame: bytes) -> bytes:
@@ -139,48 +118,25 @@ def as_azure_answers(frame: bytes) -> bytes:
     return options.ljust(len(frame), b"\0")
 
 
-KINDS = {b"\1": "DISCOVER", b"\3": "REQUEST", b"\x08": "INFORM"}  # option 53
+KINDS = {b"\1": "DISCOVER", b"\3": "REQUEST", b"\x08": "INFORM"}  # option 53, of a client
+COOKIE = b"\x63\x82\x53\x63"  # the options follow it
 PADDING, END = 0, 255
 
 
 def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
     """The message of a DHCP client in an Ethernet frame; None if it is something else."""
-    if frame[12:14] != b"\x08\x00" or frame[23:24] != b"\x11":  # not UDP over IPv4
-        return None
-    udp = 14 + 4 * (frame[14] & 15)
-    message = frame[udp + 8 :]
-    if frame[udp + 2 : udp + 4] != b"\x00\x43" or message[236:240] != b"\x63\x82\x53\x63":
-        return None
     options = {}
-    rest = iter(message[240:])
+    rest = iter(frame.partition(COOKIE)[2])
     for code in itertools.takewhile(lambda code: code != END, rest):
         if code != PADDING:
             options[code] = bytes(itertools.islice(rest, next(rest, 0)))
     kind = KINDS.get(options.get(53, b""))
     if not kind or options.get(60, b"").startswith(b"PXEClient"):  # the firmware, not the image
         return None
-    name = options.get(12, b"") or fqdn(options.get(81, b""))
-    return DhcpRequest(at, kind, printable(name), dhcp_client(options))
-
-
-def fqdn(option: bytes) -> bytes:
-    """The name in option 81, which is ASCII or in DNS's wire format: RFC 4702."""
-    if not option[:1] or not option[0] & 4:
-        return option[3:]
-    rest = iter(option[3:])
-    return b".".join(bytes(itertools.islice(rest, length)) for length in rest if length)
-
-
-def dhcp_client(options: Dict[int, bytes]) -> str:
-    """The DHCP client that sends such options; some send their own name, as option 60."""
-    wanted = options.get(55, b"")
-    if options.get(60):
-        return printable(options[60])
-    if options.get(61, b"")[5:11] == b"\0\2\0\0\xab\x11":  # systemd's enterprise number
-        return "systemd-networkd"
-    if 249 in wanted:
-        return "NetworkManager"
-    return "dhclient" if wanted.startswith(b"\x01\x1c\x02") else "an unknown client"
+    name, full = options.get(12), options.get(81, b"").ljust(4, b"\0")
+    if not name:  # the other is in DNS's wire format or in ASCII
+        name = full[4 : 4 + full[3]] if full[0] & 4 else full[3:].rstrip(b"\0")
+    return DhcpRequest(at, kind, printable(name))
 
 
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[PX^_].*?\x1b\\|.)")
@@ -199,27 +155,38 @@ def printable(text: Any) -> str:
 class Image(NamedTuple):
     """A disk image, which is only ever read."""
 
-    options: str  # for QEMU to open it
+    options: Sequence[str]  # for QEMU to open it; a comma in a value is doubled
     size: int  # bytes, of the disk
     format: str  # of QEMU: raw, qcow2, vhdx, vpc
     obstacle: str = ""  # why Azure does not take this VHD
     flat: Optional[Path] = None  # the file that has the disk's bytes as they are
 
     def read(self, start: int, size: int) -> bytes:
-        """SIZE bytes of the disk, or as many as it has; both in whole sectors of 512."""
-        size = min(-(-size // 512) * 512, (self.size - start) // 512 * 512)
+        """SIZE bytes of the disk, or as many as it has; START and SIZE are whole sectors."""
+        size = min(size, self.size - start)
         if size <= 0:
             return b""
         if self.flat:
             with self.flat.open("rb") as file:
                 file.seek(start)
                 return file.read(size)
-        options = [f"file.{option}" for option in split_options(self.options)]
+        options = [f"file.{option}" for option in self.options]
         part = ",".join(["driver=raw", f"offset={start}", f"size={size}", *options])
         with tempfile.NamedTemporaryFile(prefix="azure-vm-") as copy:
             words = ("--force-share", "--image-opts", "-O", "raw", part, copy.name)
             run_tool("qemu-img", "convert", *words)
-            return Path(copy.name).read_bytes()
+            return copy.read()
+
+    def upload_commands(self) -> List[str]:
+        """The commands that make of an image the VHD that Azure takes."""
+        source, commands = f"--image-opts {shlex.quote(printable(','.join(self.options)))}", []
+        if self.size % MIB:
+            commands = [f"qemu-img convert {source} -O raw disk.raw", "truncate -s %1M disk.raw"]
+            if self.read(0, 512)[450] == GPT:
+                commands.append("sfdisk --relocate gpt-bak-std disk.raw")
+            source = "-f raw disk.raw"
+        fixed = "-O vpc -o subformat=fixed,force_size disk.vhd"
+        return [*commands, f"qemu-img convert {source} {fixed}"]
 
 
 def inspect(path: Path) -> Image:
@@ -227,79 +194,60 @@ def inspect(path: Path) -> Image:
 
     QEMU is told the format, as it would open whatever files an image of its own choice names.
     """
-    head, footer, size = read_ends(path)
-    obstacle, options, kind = "", "", 0
+    if path.exists() and not path.is_file() and not path.is_block_device():
+        raise VMError(f"{path}: not a disk: neither a file nor a block device")
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < 512:
+            raise VMError(f"{path}: not a disk: it has {size} bytes")
+        head, footer = (os.pread(file.fileno(), 512, at) for at in (0, size - 512))
+    driver, obstacle, filename = "raw", "", str(path.resolve()).replace(",", ",,")
+    options = [f"file.filename={filename}"]
     if footer.startswith(b"conectix"):
         # QEMU would go by the geometry, which is smaller; Azure goes by the size that is stated.
-        driver, options = "vpc", "force_size_calc=current_size,"
+        driver, options = "vpc", ["force_size_calc=current_size", *options]
         stated, kind = struct.unpack_from(">Q4xI", footer, 48)
-        if kind != FIXED_VHD:
-            obstacle = "its size is dynamic, not fixed"
-        elif stated % MIB or stated != size - len(footer):
-            obstacle = f"it has {size - len(footer):,} bytes, its footer says {stated:,}: Azure "
-            obstacle += "wants both to be the same, and whole MiB"
+        if kind != FIXED_VHD or stated % MIB or stated + len(footer) != size:
+            what = "fixed" if kind == FIXED_VHD else "dynamic"
+            obstacle = f"its size is {what}, {stated:,} bytes, in a file of {size:,}: Azure takes "
+            obstacle += "a fixed size, in whole MiB, in a file of 512 bytes more"
     elif head.startswith(b"QFI\xfb"):
         driver = "qcow2"
         version, backing, features = struct.unpack_from(">IQ56xQ", head, 4)
         if backing or (version > 2 and features & EXTERNAL_DATA):
             command = "qemu-img convert -O qcow2 IMAGE FLAT"
             raise VMError(f"{path}: it has its data in another file: flatten it first: {command}")
-    else:
-        driver = "vhdx" if head.startswith(b"vhdxfile") else "raw"
-    filename = str(path.resolve()).replace(",", ",,")
-    options = f"driver={driver},{options}file.filename={filename}"
-    words = ("--force-share", "--output=json", "--image-opts", options)
+    elif head.startswith(b"vhdxfile"):
+        driver = "vhdx"
+    options = [f"driver={driver}", *options]
+    words = ("--force-share", "--output=json", "--image-opts", ",".join(options))
     found = json.loads(run_tool("qemu-img", "info", *words))
-    flat = path if driver == "raw" or (driver == "vpc" and kind == FIXED_VHD) else None
+    flat = path if driver == "raw" or (driver == "vpc" and not obstacle) else None
     return Image(options, found["virtual-size"], driver, obstacle, flat)
 
 
-def read_ends(path: Path) -> Tuple[bytes, bytes, int]:
-    """The first and the last sector of the file at PATH, and its size."""
-    if path.exists() and not path.is_file() and not path.is_block_device():
-        raise VMError(f"{path}: not a disk: neither a file nor a block device")
-    with path.open("rb", 0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size < 512:
-            raise VMError(f"{path}: not a disk: it has {size} bytes")
-        file.seek(size - 512)
-        footer = file.read(512)
-        file.seek(0)
-        return file.read(512), footer, size
-
-
-def efi_loaders(image: Image) -> List[str]:
+def efi_loaders(image: Image) -> Set[str]:
     """The architectures for which a FAT partition of the disk has the loader in EFI/BOOT.
 
     Its short name is searched for, which only a directory has.
     """
-    table, found = image.read(0, 512), set()
+    table = image.read(0, 34 * 512)  # an MBR, and with it the usual place and size of a GPT
     if table[450] == GPT:
-        first, count, size = struct.unpack_from("<QII", image.read(512, 512).ljust(512), 72)
-        table = image.read(512 * first, min(count * size, 64 * 1024))
-        ends = [struct.unpack_from("<QQ", entry) for entry in cut(table[32:], max(size, 128))]
-        parts = [(start, end - start + 1) for start, end in ends if start]
+        entries = (struct.unpack_from("<QQ", table, at) for at in range(1056, len(table), 128))
+        parts = [(first, last - first + 1) for first, last in entries]
     else:
-        parts = [struct.unpack_from("<II", entry, 8) for entry in cut(table[446:510], 16)]
+        parts = [struct.unpack_from("<II", table, at) for at in range(454, 510, 16)]
+    found = set()
     for start, size in parts:
         if b"FAT" in image.read(512 * start, 512)[54:90]:
             for place in range(start, start + min(size, MAX_SEARCH), SEARCH_STEP):
                 block = image.read(512 * place, 512 * min(SEARCH_STEP, start + size - place))
                 found |= {loader for loader in LOADERS if LOADERS[loader] in block}
-    return sorted(found)
-
-
-def cut(data: bytes, size: int) -> List[bytes]:
-    """The pieces of SIZE bytes of DATA, but for a last one of less than 16."""
-    return [data[at : at + size] for at in range(0, len(data) - 15, size)]
-
-
-def split_options(options: str) -> List[str]:
-    """The single options in a list for QEMU, where a comma in a value is doubled."""
-    return [option.replace("\0", ",,") for option in options.replace(",,", "\0").split(",")]
+    return found
 
 
 SIGNALS: List[int] = []  # that ask us to end: a handler that raised could interrupt the cleaning up
+PACKAGES = "apt install qemu-system-x86 qemu-utils ovmf; Arm64: qemu-system-arm qemu-efi-aarch64"
 
 
 def run_tool(*command: str, timeout: float = 60) -> str:
@@ -311,18 +259,17 @@ def run_tool(*command: str, timeout: float = 60) -> str:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
             start_new_session=True,  # Ctrl-C is for us alone
             preexec_fn=die_with_parent,
         )
     except FileNotFoundError:
-        packages = "in Debian: apt install qemu-system-x86 qemu-utils, for Arm64 qemu-system-arm"
-        raise VMError(f"{command[0]} is not installed ({packages})") from None
+        raise VMError(f"{command[0]} is not installed; in Debian: {PACKAGES}") from None
     with process:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                output, errors = (
-                    text.decode("utf-8", "replace") for text in process.communicate(timeout=0.2)
-                )
+                output, errors = process.communicate(timeout=0.2)
                 break
             if SIGNALS or time.monotonic() > latest:
                 process.kill()
@@ -332,6 +279,14 @@ def run_tool(*command: str, timeout: float = 60) -> str:
     if process.returncode:
         raise VMError((errors.strip() or command[0]).splitlines()[-1])
     return output
+
+
+def succeeds(*command: str, timeout: float = 60) -> bool:
+    """Whether a command succeeds within TIMEOUT s."""
+    with contextlib.suppress(VMError):
+        run_tool(*command, timeout=timeout)
+        return True
+    return False
 
 
 # The VM.
@@ -373,7 +328,7 @@ def make_dvd(name: bytes, content: bytes) -> bytes:
     return bytes(16 * 2048) + b"".join(sector.ljust(2048, b"\0") for sector in sectors)
 
 
-MACHINES = {1: "pc", 2: "q35"}  # of a generation
+MACHINES = {("x86_64", 1): "pc", ("x86_64", 2): "q35", ("aarch64", 2): "virt,gic-version=max"}
 # Units of agents have ConditionVirtualization=microsoft. systemd knows Azure by DMI, but believes
 # QEMU's CPU first.
 CPUS = {
@@ -382,9 +337,16 @@ CPUS = {
     ("aarch64", "kvm"): "host",
     ("aarch64", "tcg"): "max,pauth-impdef=on",
 }
-DMI = (
-    "type=1,manufacturer=Microsoft Corporation,product=Virtual Machine,version=Hyper-V UEFI Release"
-)
+DMI = "type=1,manufacturer=Microsoft Corporation,product=Virtual Machine,version=Hyper-V"
+FIRMWARE = Path("/usr/share/qemu/firmware")  # docs/interop/firmware.json of QEMU
+
+# Firmware that ends at once. For x86, where its last 16 bytes are run first: mov al, 0xfe;
+# out 0x64, al. And a call of PSCI's SYSTEM_OFF: movz w0, 8; movk w0, 0x8400, lsl 16; hvc 0.
+ENDS_AT_ONCE = {
+    "x86_64": bytes.fromhex("b0fe e664").ljust(16, b"\0").rjust(64 * 1024, b"\0"),
+    "aarch64": bytes.fromhex("00018052 0080b072 020000d4"),
+}
+KVM_TIMEOUT = 1  # second; ten times what it takes where KVM works
 
 
 class Setup(NamedTuple):
@@ -393,25 +355,65 @@ class Setup(NamedTuple):
     generation: int = 1
     accelerator: str = "tcg"  # or "kvm"
     private: bool = True  # in a network of its own
-    firmware: str = "/usr/share/OVMF/OVMF_CODE_4M.fd"  # of generation 2
     architecture: str = "x86_64"  # or "aarch64"
 
     def machine(self) -> List[str]:
         """The beginning of QEMU's command line."""
-        arm = self.architecture == "aarch64"
         return [
             *(f"qemu-system-{self.architecture}", "-nodefaults", "-no-user-config"),
-            *("-display", "none", "-accel", self.accelerator),
-            *("-machine", "virt,gic-version=max" if arm else MACHINES[self.generation]),
-            *("-cpu", CPUS[self.architecture, self.accelerator]),
+            *("-machine", MACHINES[self.architecture, self.generation], "-display", "none"),
+            *("-accel", self.accelerator, "-cpu", CPUS[self.architecture, self.accelerator]),
         ]
 
+    def firmware(self) -> List[str]:
+        """QEMU's options for EFI without Secure Boot, and not for microvm.
 
-class VM:
+        It keeps its variables in memory.
+        """
+        for path in sorted(FIRMWARE.glob("*.json")):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            file, features = found["mapping"].get("executable"), found["features"]
+            kinds = str([kind for kind in found["targets"] if self.architecture in kind.values()])
+            if file and "secure-boot" not in features and re.search("q35|virt", kinds):
+                drive = "if=pflash,readonly=on,format={format},file={filename}".format(**file)
+                return ["-drive", drive]
+        raise VMError(f"there is no EFI firmware; in Debian: {PACKAGES}")
+
+
+def find_setup(image: Image, generation: int) -> Tuple[Setup, str]:
+    """How to run the VMs, and a line that tells it; raises VMError if it cannot be done.
+
+    If GENERATION is 0, the disk decides, or else it is 2, which is Azure's default.
+    """
+    loaders, bios = efi_loaders(image), any(image.read(0, 512)[:440])
+    architecture = "aarch64" if loaders == {"aarch64"} else "x86_64"
+    if architecture == "aarch64" and generation == 1:
+        raise VMError("Arm64 VMs are of generation 2")
+    generation = generation or (1 if bios and not loaders else 2)
+    run_tool(f"qemu-system-{architecture}", "--version")  # raises VMError if there is none
+    setup = Setup(generation, "kvm", succeeds(*UNSHARE, "true"), architecture)
+    how = "KVM"
+    if not runs_guest(setup, KVM_TIMEOUT):
+        setup, how = setup._replace(accelerator="tcg"), "emulated, as KVM does not run a guest here"
+    network = "a private network" if setup.private else "the guest can reach this machine's network"
+    ways = [f"EFI on {each}" for each in sorted(loaders)] + ["BIOS"] * bios
+    can = f"can boot by {' and '.join(ways) or 'neither EFI nor BIOS'}"
+    return setup, f"generation {generation} (it {can}); {how}, {network}"
+
+
+def runs_guest(setup: Setup, timeout: float) -> bool:
+    """Whether a guest runs, and ends within TIMEOUT s; that /dev/kvm opens would prove little."""
+    with tempfile.NamedTemporaryFile(prefix="azure-vm-") as firmware:
+        firmware.write(ENDS_AT_ONCE[setup.architecture])
+        firmware.flush()
+        words = ("-no-reboot", "-bios", firmware.name)
+        return succeeds(*setup.machine(), *words, timeout=timeout)
+
+
+class VM(contextlib.ExitStack):
     """One of the VMs that Azure would create from an image: its identity, its Azure, its disk.
 
-    A context manager, which leaves nothing behind. LISTENER is called, from any thread, with the
-    time, the source ("Azure", "DHCP", "console", "VM") and the text of each event.
+    A context manager, which leaves nothing behind.
     """
 
     def __init__(
@@ -420,30 +422,22 @@ class VM:
         setup: Setup = Setup(),  # noqa: B008
         number: int = 0,
         name: str = "rehearsal",
-        listener: Callable[[float, str, str], None] = lambda at, source, text: None,
     ) -> None:
-        self.setup, self.listener, self.number = setup, listener, number
+        super().__init__()
+        self.setup, self.number = setup, number
         self.image = inspect(image)
         self.mac = f"00:0d:3a:00:00:{number + 1:02x}"  # one of Microsoft's
-        self.names = (f"{name}_{number}", f"{name}{number:06}")  # as in a scale set
-
-    def __enter__(self) -> "VM":
-        self._directory = tempfile.TemporaryDirectory(prefix="azure-vm-")
-        self.directory = Path(self._directory.name)
+        names = (f"{name}_{number}", f"{name}{number:06}")  # as in a scale set
+        self.directory = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="azure-vm-")))
         run_tool("qemu-img", "create", "-q", "-f", "qcow2", self.path("disk"), str(self.image.size))
         Path(self.path("relay.py")).write_text(RELAY)
-        name = self.names[1].encode("ascii")
-        Path(self.path("dvd")).write_bytes(make_dvd(b"OVF-ENV.XML;1", OVF_ENV % name))
+        dvd = make_dvd(b"OVF-ENV.XML;1", OVF_ENV % names[1].encode("ascii"))
+        Path(self.path("dvd")).write_bytes(dvd)
         addresses = ((WIRESERVER, 80), (IMDS, 80))
         self.azure = FakeAzure(*addresses, listen=lambda address: Door(self.directory, address))
-        self.azure.vm_name, self.azure.computer_name = self.names
+        self.azure.vm_name, self.azure.computer_name = names
         self.azure.mac_address = self.mac.replace(":", "").upper()
-        self.azure.__enter__()
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        self.azure.__exit__()
-        self._directory.cleanup()
+        self.enter_context(self.azure)
 
     def path(self, name: str) -> str:
         return str(self.directory / name)
@@ -452,10 +446,10 @@ class VM:
         """Turn the power on; at the end of this context manager it is cut."""
         return VMBoot(self)
 
-    def command(self, console: int, *sockets: int) -> List[str]:
+    def command(self, console: int, sent: int, old: int, new: int) -> List[str]:
         """The command line of QEMU, which runs in the VM's directory.
 
-        The SOCKETS are for frames that the VM sends, and for those to it before and after
+        Its sockets are for frames that the VM sends, and for those to it before and after
         as_azure_answers().
         """
         setup = self.setup
@@ -463,29 +457,22 @@ class VM:
         forward = "".join(
             f",guestfwd=tcp:{address}:{port}-cmd:{relay} {address}" for address, port in SERVICES
         )
-        firmware = ["-drive", f"if=pflash,format=raw,readonly=on,file={setup.firmware}"]
-        if setup.architecture == "aarch64":
-            firmware = ["-bios", setup.firmware]
-        backing = ",".join(f"backing.{option}" for option in split_options(self.image.options))
+        backing = ",".join(f"backing.{option}" for option in self.image.options)
         disk = f"if=none,id=disk,cache=unsafe,driver=qcow2,file.filename=disk,{backing}"
         # The second VM is another size: of generation 2 those with NVMe disks only.
-        slot, driver = ("0x12", "nvme,serial=1") if self.number else ("0x3", "virtio-blk-pci")
-        if setup.generation == 1:
-            driver = "virtio-blk-pci"
+        slot = "0x12" if self.number else "0x3"
+        driver = "nvme,serial=1" if self.number and setup.generation == 2 else "virtio-blk-pci"
         return [
             *setup.machine(),
-            *("-m", "1024", *(firmware if setup.generation == 2 else ())),
+            *("-m", "1024", *(setup.firmware() if setup.generation == 2 else ())),
             *("-uuid", self.azure.vm_id, "-smbios", DMI),
             *("-smbios", f"type=3,asset={AZURE_CHASSIS_ASSET_TAG}"),
             *("-chardev", "stdio,id=monitor,signal=off", "-mon", "monitor,mode=control"),
             *("-chardev", f"file,id=console,path=/dev/fd/{console}", "-serial", "chardev:console"),
             *("-netdev", f"user,id=net,{NETWORK}{forward}"),
             *("-device", f"virtio-net-pci,netdev=net,mac={self.mac},romfile=,addr={slot}"),
-            *(
-                w
-                for n, fd in zip(("sent", "old", "new"), sockets)
-                for w in ("-chardev", f"socket,id={n},fd={fd}")
-            ),
+            *("-chardev", f"socket,id=sent,fd={sent}", "-chardev", f"socket,id=old,fd={old}"),
+            *("-chardev", f"socket,id=new,fd={new}"),
             *("-object", "filter-mirror,id=from,netdev=net,queue=rx,outdev=sent"),
             *("-object", "filter-redirector,id=to,netdev=net,queue=tx,outdev=old,indev=new"),
             *("-drive", f"{disk},werror=stop", "-device", f"{driver},drive=disk,bootindex=0"),
@@ -507,20 +494,22 @@ class VMBoot:
 
     def __init__(self, vm: VM) -> None:
         self.vm = vm
+        # Each has a time, a source ("Azure", "DHCP", "console", "VM") and a text.
+        self.events: Any = queue.Queue()
         self.requests: List[Request] = []  # to Azure
         self.dhcp: List[DhcpRequest] = []
         self.lines: List[str] = []  # of the console, without control characters
         self.stage = "firmware"  # then "kernel" and "system", as far as the console tells
         self.interface = ""  # the name of its NIC, if the console tells
-        self.panic = ""  # the line of a kernel panic
+        self.fate = ""  # why it has ended by itself, if it has
         self.failure = ""  # of this machine, as QEMU reports it
-        self.resets = 0  # by the guest itself
         self.read_bytes = 0  # of its disk
         self.active_time = time.monotonic()  # when it last did something
         self.prompt_time = 0.0  # when the console last asked for a login; 0 if it did not
         self.seconds = 0.0  # that the power was on, once it is off
         self.off = threading.Event()
         self._rest = b""  # of the console: the beginning of a line
+        self._stopping = False  # it was told to end
         self._changed = threading.Condition()
         self._errors = Path(vm.path("errors"))  # of QEMU
         vm.azure.on_request = self._record
@@ -531,14 +520,14 @@ class VMBoot:
         inputs = (console, *(each.fileno() for each in theirs))
         with self._errors.open("wb") as errors:
             self._process: Any = subprocess.Popen(
-                vm.command(*inputs),
+                [*(UNSHARE if vm.setup.private else ()), *vm.command(*inputs)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=str(vm.directory),
                 pass_fds=inputs,
                 start_new_session=True,  # Ctrl-C is for us alone
-                preexec_fn=self._before_qemu,
+                preexec_fn=die_with_parent,
             )
         os.close(console)
         for each in theirs:
@@ -552,16 +541,12 @@ class VMBoot:
         for thread in self._threads:
             thread.start()
 
-    def _before_qemu(self) -> None:
-        if self.vm.setup.private:
-            enter_private_network()
-        die_with_parent()
-
     def __enter__(self) -> "VMBoot":
         return self
 
     def __exit__(self, *args: Any) -> None:
         """Cut the power; what the VM has written to its disk stays."""
+        self._stopping = True
         self._order("quit")
         if not self.off.wait(10):
             self._process.kill()
@@ -581,11 +566,13 @@ class VMBoot:
             return condition()
 
     def press_power_button(self) -> None:
+        self._stopping = True
         self._order("system_powerdown")
 
     def check(self) -> None:
         """Raise VMError if this machine has failed the VM; have QEMU tell what it has read."""
         self._order("query-blockstats")
+        # An NVMe disk does not tell that writing has failed.
         if not self.failure and shutil.disk_usage(self.vm.path(".")).free < MIB:
             self.failure = "No space left on device"
         if self.failure:
@@ -608,7 +595,7 @@ class VMBoot:
         now = time.monotonic()
         if source != "VM":
             self.active_time = now
-        self.vm.listener(now, source, printable(text))
+        self.events.put((now, source, printable(text)))
         with self._changed:
             self._changed.notify_all()
 
@@ -618,30 +605,26 @@ class VMBoot:
                 *lines, self._rest = (self._rest + block).split(b"\n")
                 if len(self._rest) > LONGEST_LINE:
                     lines, self._rest = [*lines, self._rest], b""
-                for line in lines:
-                    self._add_line(line)
+                for text in (printable(line.rstrip(b"\r")) for line in lines):
+                    self.lines.append(text)
+                    self._look_at(text)
+                    self._tell("console", text)
                 self._look_at(printable(self._rest))
 
-    def _add_line(self, line: bytes) -> None:
-        text = printable(line.rstrip(b"\r"))
-        self.lines.append(text)
-        named = re.search(r" (\S+): renamed from eth0", text)
-        if named or " net.ifnames=0" in text:  # the latter is the kernel's command line
-            self.interface = named.group(1) if named else "eth0"
-        if self.stage == "firmware" and KERNEL.search(text):
-            self.stage = "kernel"
-        if "Kernel panic" in text:
-            self.panic = text[text.index("Kernel panic") :]
-        self._look_at(text)
-        self._tell("console", text)
-
     def _look_at(self, text: str) -> None:
-        """Look for a login prompt; other lines may follow it at once."""
-        prompt = PROMPT.search(text)
-        if prompt and not self.prompt_time:
-            self.prompt_time = time.monotonic()
-        if prompt or "systemd" in text:
+        """Learn from a line of the console, or from the beginning of one: a prompt has no end."""
+        panic = re.search("Kernel panic.*", text)
+        if panic:
+            self.fate = panic.group()
+        named = re.search(r" (\S+): renamed from eth0| net\.ifnames=0", text)
+        if named:  # the latter is on the kernel's command line
+            self.interface = named.group(1) or "eth0"
+        if PROMPT.search(text):
+            self.prompt_time = self.prompt_time or time.monotonic()
+        if "systemd" in text or self.prompt_time:
             self.stage = "system"
+        elif self.stage == "firmware" and KERNEL.search(text):
+            self.stage = "kernel"
 
     def _read_frames(self) -> None:
         """Look for DHCP in what the VM sends."""
@@ -649,8 +632,7 @@ class VMBoot:
             request = parse_dhcp(frame, time.monotonic())
             if request:
                 self.dhcp.append(request)
-                name = request.name or "without a name"
-                self._tell("DHCP", f"{request.kind} {name} ({request.client})")
+                self._tell("DHCP", f"{request.kind} {request.name or 'without a name'}")
 
     def _pass_frames(self) -> None:
         """Pass on what is sent to the VM."""
@@ -662,11 +644,14 @@ class VMBoot:
     def _read_monitor(self) -> None:
         """Read QEMU's events; the stream ends with QEMU."""
         self._order("qmp_capabilities")
+        resets = 0
         for line in self._process.stdout:
             message = json.loads(line.decode("utf-8"))
             event, data = message.get("event"), message.get("data", {})
             if event == "RESET" and data.get("guest"):
-                self.resets += 1
+                resets += 1
+                if resets > MAX_RESETS:
+                    self.fate = "the VM resets again and again"
                 self._tell("VM", "reset")
             elif event == "BLOCK_IO_ERROR" and data.get("operation") == "write":
                 self.failure = str(data.get("reason"))
@@ -676,5 +661,7 @@ class VMBoot:
                     self.active_time = time.monotonic()
         self._process.wait()
         self.seconds = time.monotonic() - self.started
+        if not self._stopping:
+            self.fate = self.fate or "the VM turned itself off"
         self.off.set()
         self._tell("VM", "off")

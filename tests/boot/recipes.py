@@ -18,7 +18,7 @@ from tests.boot.host import attempt, command, note, skip_if, which
 from tests.boot.in_a_vm import VMTest
 from tests.boot.network import Namespace
 from tests.plain.harness import ROOT
-from tests.vm import VM, Setup, split_options
+from tests.vm import VM, Setup
 
 RECIPE_TIMEOUT = 600  # seconds, for what a VM does under emulation
 
@@ -199,7 +199,7 @@ class LiveTest(RecipeTest):
             for text in ("recipe: status 0", "properties before: 0", "properties of a slave: 1"):
                 self.assertIn(text, boot.console)
             (builder,) = said_identities(boot.console)
-            backing = [f",backing.{option}" for option in split_options(vm.image.options)]
+            backing = [f",backing.{option}" for option in vm.image.options]
             source = f"driver=qcow2,file.filename={vm.path('disk')}" + "".join(backing)
             command("qemu-img", "convert", "--image-opts", source, "-O", "qcow2", disk)
         self.rehearse(disk, 1, builder)
