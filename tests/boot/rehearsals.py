@@ -40,7 +40,8 @@ REHEARSE = [
 ]
 CLOUD_INIT_PACKAGES = ("python3", "cloud-init", "ifupdown", "isc-dhcp-client")
 IFUPDOWN = ("python3", "ifupdown", "isc-dhcp-client")
-WAAGENT_PACKAGES = (*IFUPDOWN, "waagent", "eject", "openssh-server")
+EXTENSIONS_PACKAGES = (*IFUPDOWN, "waagent")
+WAAGENT_PACKAGES = (*EXTENSIONS_PACKAGES, "eject", "openssh-server")
 
 
 def install_project(tree: Tree) -> None:
@@ -176,7 +177,7 @@ CASES = [
     Case(
         extensions,
         ["is the only agent +custom-provisioning"],
-        packages=WAAGENT_PACKAGES,
+        packages=EXTENSIONS_PACKAGES,
     ),
     Case(
         two_agents,
