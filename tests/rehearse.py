@@ -20,7 +20,6 @@ from tests.fake_azure import FakeAzure, Request, Reset, Slow, Status
 from tests.vm import MIB, SIGNALS, VM, Image, Setup, VMBoot, VMError, find_setup, inspect, printable
 
 CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
-
 TIMEOUTS = {"kvm": 180, "tcg": 600}  # seconds, for each boot
 
 NAME_PREFIX = r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z"  # six digits follow: hostname(7)
@@ -31,7 +30,7 @@ NO_ROOT = re.compile(
     r"Unable to mount root|Gave up waiting for root|ALERT! .* does not exist|emergency (mode|shell)"
     r"|dracut-initqueue.*timeout|Timed out waiting for device|Warning: /dev/.* does not exist"
 )
-TROUBLE = re.compile(r"FAILED|Error\b|Kernel panic|Failed to|azure-prov|" + NO_ROOT.pattern)
+TROUBLE = re.compile(r"FAILED|Error\b|Kernel panic|Failed to|azure-prov\S+\[|" + NO_ROOT.pattern)
 
 # Resources of IMDS whose answer holds the computer name.
 NAME_RESOURCES = ("computerName", "osProfile", "compute", "instance")
