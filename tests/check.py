@@ -37,6 +37,8 @@ AGENTS = r"(cloud-init-(local|main)|wa(linux)?agent|azure-init|afterburn.*checki
 KEYGEN = "ssh-keygen|sshd-keygen|dpkg-reconfigure .*openssh-server"
 HEALTH = "comp=health|/provisioning/health"  # to what an agent of another kind reports
 DRIVERS = ("hv_netvsc", "hv_storvsc", "nvme")
+# Disks that no VM on Azure has, as a boot loader names them that was set up without udev.
+BUILDERS_DISK = r"root=/dev/((mapper/)?loop\d\S*|nbd\d\S*|x?vd[a-z]\d*)\Z"
 SECOND = r"mlx|\bmana\b|hv_pci|SRIOV"  # in a rule for the second device of accelerated networking
 
 
@@ -218,6 +220,10 @@ def boots(image: ImageFiles) -> Iterator[str]:
             if not re.search(rf"/{driver}\.ko\b", image.read(file) + builtin):
                 lost = "network" if driver == "hv_netvsc" else "disk, on some sizes"
                 yield f"{file}: no {driver}, so a VM has no {lost}: install another kernel"
+    for file, line in image.boot_loaders:
+        for word in line.split():
+            if re.match(BUILDERS_DISK, word):
+                yield f"{file}: {word} is the builder's disk: name it by root=UUID="
     arm = image.exists("/lib/ld-linux-aarch64.so.1")
     console = "console=ttyAMA0" if arm else "console=ttyS0"
     if image.boot_loaders and not any(w.startswith(console) for w in image.command_line):

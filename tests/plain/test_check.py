@@ -164,6 +164,7 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (RHEL, {KEYFILE: f"{RHEL[KEYFILE]}# 0644", DEFAULT: ""}),
     (RHEL, {f"{KEYFILE}.bak": "[connection]\nautoconnect=no\n", KEYFILE: "", DEFAULT: ""}),
     (UBUNTU, {"etc/cloud/cloud.cfg.d/90_dpkg.cfg": "# a\n---\ndatasource_list: [None]\n"}),
+    (UBUNTU, {GRUB: UBUNTU[GRUB].replace("LABEL=root", "/dev/vda/loop0")}),  # of LVM
 ]
 
 # A distribution, what breaks it, and what is said: of the first file, unless another is named.
@@ -244,6 +245,10 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NO_KEYS, {"etc/rc.local": KEYGEN_FIX}, "nobody can log in", f"{LIB}/sshd.service"),
     (NO_KEYS, {"etc/rc.local": "#!/bin/sh\n# ssh-keygen\n"}, "nobody", f"{LIB}/sshd.service"),
     (UBUNTU, {f"{MODULES}builtin": ""}, "no nvme", f"{MODULES}dep"),
+    *(
+        (UBUNTU, {GRUB: UBUNTU[GRUB].replace("LABEL=root", disk)}, f"root={disk} is the builder's")
+        for disk in ("/dev/loop0p1", "/dev/mapper/loop0p1", "/dev/vda1")
+    ),
 ]
 
 
