@@ -31,6 +31,7 @@ Address = Tuple[str, int]
 
 WIRESERVER_VERSIONS = ("2015-04-05", "2012-11-30")  # the preferred one first
 IMDS_VERSIONS = ("2017-03-01", "2025-04-07")  # the oldest and the newest
+METHODS = {"goalstate": "GET", "config": "GET", "health": "POST", "telemetrydata": "POST"}
 MAX_BODY = 1024 * 1024  # bytes of a request
 
 GOAL_STATE = """\
@@ -43,10 +44,25 @@ xsi:noNamespaceSchemaLocation="goalstate10.xsd">
   <Container>
     <ContainerId>{container_id}</ContainerId>
     <RoleInstanceList><RoleInstance>
-      <InstanceId>{instance_id}</InstanceId><State>Started</State><Configuration/>
+      <InstanceId>{instance_id}</InstanceId><State>Started</State>
+      <Configuration>
+        <HostingEnvironmentConfig>{config}&amp;type=hostingEnvironmentConfig\
+</HostingEnvironmentConfig>
+        <SharedConfig>{config}&amp;type=sharedConfig</SharedConfig>
+        <ConfigName>role.1.xml</ConfigName>
+      </Configuration>
     </RoleInstance></RoleInstanceList>
   </Container>
 </GoalState>
+"""
+# What Azure's own agent fetches besides, of either type.
+CONFIG_PATH = "/machine/role"
+CONFIG = """\
+<?xml version="1.0" encoding="utf-8"?>
+<HostingEnvironmentConfig version="1.0.0.0" goalStateIncarnation="{incarnation}">
+  <Deployment name="web"/><Incarnation number="{incarnation}" instance="MachineRole_IN_0"/>
+  <Role name="MachineRole"/>
+</HostingEnvironmentConfig>
 """
 
 
@@ -293,12 +309,14 @@ class FakeAzure:
         with self._arrived:
             assert self._arrived.wait_for(lambda: len(self.asked(resource)) >= count, 30), resource
 
-    def goal_state(self) -> str:
-        return GOAL_STATE.format(
+    def goal_state(self, template: str = GOAL_STATE) -> str:
+        config = f"http://{self.wireserver}{CONFIG_PATH}?comp=config"
+        return template.format(
             version=WIRESERVER_VERSIONS[1],
             incarnation=self.incarnation,
             container_id=self.container_id,
             instance_id=self.instance_id,
+            config=f"{config}&amp;incarnation={self.incarnation}",
         )
 
     def record(self, request: Request) -> None:
@@ -317,7 +335,8 @@ class FakeAzure:
         elif path == "/provisioning/health":
             resource = "provisioning"
         else:
-            resource = query.get("comp", "") if path in ("", "/machine") else "unknown"
+            known = path in ("", "/machine", CONFIG_PATH)
+            resource = query.get("comp", "") if known else "unknown"
         answers, forever = self._scripts.get(resource, ([], None))
         answer = answers.pop(0) if answers else forever
         return resource, answer or self.platform_answer(handler, resource, body)
@@ -333,16 +352,19 @@ class FakeAzure:
             return Text(f"<Versions>{lists}</Versions>")
         if resource == "provisioning":
             return self._provisioning(handler, body)
-        method = {"goalstate": "GET", "health": "POST"}.get(resource)
+        method = METHODS.get(resource)
         if method is None:
-            return Status(404, "the fake WireServer does not have this")
+            return Status(404, f"the fake WireServer does not have {handler.path}")
         if handler.command != method:
             return Status(405, f"not a {method}")
         if handler.headers.get("x-ms-version") not in WIRESERVER_VERSIONS:
             return Status(400, f"no header x-ms-version: {' or '.join(WIRESERVER_VERSIONS)}")
         if resource == "health":
             return self._health(handler, body)
-        return Status(200, self.goal_state(), {"Content-Type": "text/xml; charset=utf-8"})
+        if resource == "telemetrydata":
+            return Status(200)
+        text = self.goal_state(CONFIG if resource == "config" else GOAL_STATE)
+        return Status(200, text, {"Content-Type": "text/xml; charset=utf-8"})
 
     def _health(self, handler: Handler, body: bytes) -> Status:
         if not handler.headers.get("Content-Type", "").startswith("text/xml"):

@@ -77,8 +77,6 @@ TROUBLE = re.compile(
     rf"FAILED|Error\b|Kernel panic|Failed to|azure-provisioning\[|{NO_ROOT.pattern}"
 )
 
-WAAGENT = re.compile("Daemon Daemon|(?i:walinuxagent)")
-
 # Resources of IMDS whose answer holds the computer name.
 NAME_RESOURCES = ("computerName", "osProfile", "compute", "instance")
 
@@ -313,13 +311,15 @@ def deadline(boot: VMBoot, second: bool) -> float:
     button: hence the login prompt, and more patience if there is none.
     """
     ready, named, prompt = ready_time(boot), named_time(boot), boot.prompt_time
-    times = [event.time for events in (boot.requests, boot.dhcp) for event in events]
+    done = ready or second  # but a daemon goes on asking
+    asked = [request for request in boot.requests if not (done and agent(request) in DAEMONS)]
+    times = [event.time for events in (asked, boot.dhcp) for event in events]
     last = max(boot.started, prompt, *times)
     if not prompt and not (named if second else ready):
         pace = boot.active_time - boot.started
         return boot.active_time + max(10 if lost(boot) else 120, pace / 2)
     pace = (last if second else ready or prompt) - boot.started
-    finished = prompt and named and (ready or second)
+    finished = prompt and named and done
     return last + (max(8, pace / 3) if finished else max(10, pace))
 
 
@@ -408,14 +408,6 @@ def absent(
         state, reason = FAIL, rehearsal.fates[boot]
     elif is_booting(boot):
         state, reason = UNSURE, "it was still booting when the time ran out: raise --timeout"
-    elif WAAGENT.search(boot.console) and boot.dhcp:
-        state, reason = (
-            UNSURE,
-            (
-                "waagent needs options of Azure's DHCP server and parts of the goal state that are "
-                "not imitated here"
-            ),
-        )
     return state, f"{what} within {boot.seconds:.0f} s: {reason}"
 
 
@@ -440,7 +432,8 @@ def reports_ready(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
         return FAIL, f"it reported NotReady: {printable(not_ready[-1].body):.300}"
     for request in reversed(boot.requests):
         if request.reason and not request.path.startswith("/metadata/"):
-            return FAIL, f"refused with status {request.status}: {request.reason}"
+            state = UNSURE if request.status == 404 else FAIL  # Azure may have it
+            return state, f"refused with status {request.status}: {request.reason}"
     return absent("no Ready", "see its console", boot, rehearsal)
 
 
@@ -484,6 +477,8 @@ def is_the_only_agent(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     if not boot.requests:
         return NOT_REACHED
     agents = sorted(filter(None, {agent(request) for request in boot.requests}))
+    if agents == ["cloud-init", "walinuxagent"]:
+        return PASS, "cloud-init, and walinuxagent, which leaves provisioning to it"
     if len(agents) > 1:
         return FAIL, f"{len(agents)} agents talk to Azure: {', '.join(agents)}; leave one enabled"
     return PASS, agents[0] if agents else "it does not name itself"

@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from azure_provision import AZURE_CHASSIS_ASSET_TAG, IMDS, WIRESERVER
 from tests.fake_azure import Address, FakeAzure, Request, describe
@@ -34,6 +34,7 @@ from tests.fake_azure import Address, FakeAzure, Request, describe
 # QEMU's user-mode network covers both of the platform's addresses. A connection to either starts a
 # relay, which hands it over to the fake and ends.
 NETWORK = "net=168.0.0.0/7,host=168.0.0.2,dhcpstart=168.0.0.15,dns=168.0.0.3,ipv6=off"
+SERVICES = ((WIRESERVER, 80), (WIRESERVER, 32526), (IMDS, 80))  # with waagent's HostGAPlugin
 RELAY = """\
 import socket, sys
 socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendmsg(
@@ -115,6 +116,27 @@ class DhcpRequest(NamedTuple):
     kind: str  # "DISCOVER", "REQUEST" or "INFORM"
     name: str  # option 12, or else 81; empty if there is neither
     client: str  # as far as its options tell: "systemd-networkd"
+
+
+# What Azure's server answers besides: option 245 is the WireServer, 121 the routes (RFC 3442).
+ROUTER = socket.inet_aton("168.0.0.2")
+ROUTES = (
+    b"\0"
+    + b"".join(ROUTER + b"\x20" + socket.inet_aton(address) for address in (WIRESERVER, IMDS))
+    + ROUTER
+)
+AZURE_OPTIONS = b"\xf5\4" + socket.inet_aton(WIRESERVER) + bytes([121, len(ROUTES)]) + ROUTES
+
+
+def as_azure_answers(frame: bytes) -> bytes:
+    """FRAME, to the VM; an answer of QEMU's DHCP server with the options that Azure's has, too.
+
+    They take the place of the padding, so that no length changes. UDP needs no checksum.
+    """
+    if frame[23:24] != b"\x11" or frame[34:36] != b"\0\x43":  # not UDP from port 67
+        return frame
+    options = frame[:40] + b"\0\0" + frame[42:].rstrip(b"\0")[:-1] + AZURE_OPTIONS + b"\xff"
+    return options.ljust(len(frame), b"\0")
 
 
 KINDS = {b"\1": "DISCOVER", b"\3": "REQUEST", b"\x08": "INFORM"}  # option 53
@@ -430,12 +452,16 @@ class VM:
         """Turn the power on; at the end of this context manager it is cut."""
         return VMBoot(self)
 
-    def command(self, console: int, packets: int) -> List[str]:
-        """The command line of QEMU, which runs in the VM's directory."""
+    def command(self, console: int, *sockets: int) -> List[str]:
+        """The command line of QEMU, which runs in the VM's directory.
+
+        The SOCKETS are for frames that the VM sends, and for those to it before and after
+        as_azure_answers().
+        """
         setup = self.setup
         relay = f"{shlex.quote(sys.executable)} -I -S relay.py".replace(",", ",,")
         forward = "".join(
-            f",guestfwd=tcp:{address}:80-cmd:{relay} {address}" for address in (WIRESERVER, IMDS)
+            f",guestfwd=tcp:{address}:{port}-cmd:{relay} {address}" for address, port in SERVICES
         )
         firmware = ["-drive", f"if=pflash,format=raw,readonly=on,file={setup.firmware}"]
         if setup.architecture == "aarch64":
@@ -455,12 +481,25 @@ class VM:
             *("-chardev", f"file,id=console,path=/dev/fd/{console}", "-serial", "chardev:console"),
             *("-netdev", f"user,id=net,{NETWORK}{forward}"),
             *("-device", f"virtio-net-pci,netdev=net,mac={self.mac},romfile=,addr={slot}"),
-            *("-object", f"filter-dump,id=dump,netdev=net,file=/dev/fd/{packets}"),
+            *(
+                w
+                for n, fd in zip(("sent", "old", "new"), sockets)
+                for w in ("-chardev", f"socket,id={n},fd={fd}")
+            ),
+            *("-object", "filter-mirror,id=from,netdev=net,queue=rx,outdev=sent"),
+            *("-object", "filter-redirector,id=to,netdev=net,queue=tx,outdev=old,indev=new"),
             *("-drive", f"{disk},werror=stop", "-device", f"{driver},drive=disk,bootindex=0"),
             *("-drive", "if=none,id=dvd,media=cdrom,format=raw,readonly=on,file.filename=dvd"),
             *("-device", "virtio-scsi-pci", "-device", "scsi-cd,drive=dvd"),
             *(("-device", "VGA") if setup.architecture == "x86_64" else ()),
         ]
+
+
+def frames(source: socket.socket) -> Iterator[bytes]:
+    """The frames that QEMU's filters write, each after its length."""
+    with source, source.makefile("rb") as stream:
+        for header in iter(lambda: stream.read(4), b""):
+            yield stream.read(struct.unpack(">I", header)[0])
 
 
 class VMBoot:
@@ -486,7 +525,10 @@ class VMBoot:
         self._errors = Path(vm.path("errors"))  # of QEMU
         vm.azure.on_request = self._record
         self.started = time.monotonic()
-        outputs, inputs = zip(os.pipe(), os.pipe())
+        output, console = os.pipe()
+        ours, theirs = zip(*(socket.socketpair() for _ in range(3)))
+        self._sent, self._old, self._new = ours
+        inputs = (console, *(each.fileno() for each in theirs))
         with self._errors.open("wb") as errors:
             self._process: Any = subprocess.Popen(
                 vm.command(*inputs),
@@ -498,11 +540,13 @@ class VMBoot:
                 start_new_session=True,  # Ctrl-C is for us alone
                 preexec_fn=self._before_qemu,
             )
-        for descriptor in inputs:
-            os.close(descriptor)
+        os.close(console)
+        for each in theirs:
+            each.close()
         self._threads = [
-            threading.Thread(target=self._read_console, args=(outputs[0],), daemon=True),
-            threading.Thread(target=self._read_packets, args=(outputs[1],), daemon=True),
+            threading.Thread(target=self._read_console, args=(output,), daemon=True),
+            threading.Thread(target=self._read_frames, daemon=True),
+            threading.Thread(target=self._pass_frames, daemon=True),
             threading.Thread(target=self._read_monitor, daemon=True),
         ]
         for thread in self._threads:
@@ -599,17 +643,21 @@ class VMBoot:
         if prompt or "systemd" in text:
             self.stage = "system"
 
-    def _read_packets(self, descriptor: int) -> None:
-        """Read a packet capture as it grows: https://wiki.wireshark.org/Development/LibpcapFileFormat."""
-        with open(descriptor, "rb") as capture:
-            capture.read(24)
-            for header in iter(lambda: capture.read(16), b""):
-                frame = capture.read(struct.unpack("=IIII", header)[2])
-                request = parse_dhcp(frame, time.monotonic())
-                if request:
-                    self.dhcp.append(request)
-                    name = request.name or "without a name"
-                    self._tell("DHCP", f"{request.kind} {name} ({request.client})")
+    def _read_frames(self) -> None:
+        """Look for DHCP in what the VM sends."""
+        for frame in frames(self._sent):
+            request = parse_dhcp(frame, time.monotonic())
+            if request:
+                self.dhcp.append(request)
+                name = request.name or "without a name"
+                self._tell("DHCP", f"{request.kind} {name} ({request.client})")
+
+    def _pass_frames(self) -> None:
+        """Pass on what is sent to the VM."""
+        with self._new, contextlib.suppress(OSError):  # QEMU is gone
+            for frame in frames(self._old):
+                frame = as_azure_answers(frame)
+                self._new.sendall(struct.pack(">I", len(frame)) + frame)
 
     def _read_monitor(self) -> None:
         """Read QEMU's events; the stream ends with QEMU."""

@@ -40,6 +40,7 @@ REHEARSE = [
 ]
 CLOUD_INIT_PACKAGES = ("python3", "cloud-init", "ifupdown", "isc-dhcp-client")
 IFUPDOWN = ("python3", "ifupdown", "isc-dhcp-client")
+WAAGENT_PACKAGES = (*IFUPDOWN, "waagent", "eject", "openssh-server")
 
 
 def install_project(tree: Tree) -> None:
@@ -69,8 +70,12 @@ def bound_to_ens3(tree: Tree) -> None:
     install_project(tree)
 
 
-def names_eth0(tree: Tree) -> None:
+def use_eth0(tree: Tree) -> None:
     tree.write("etc/network/interfaces.d/azure", "allow-hotplug eth0\niface eth0 inet dhcp\n")
+
+
+def names_eth0(tree: Tree) -> None:
+    use_eth0(tree)
     install_project(tree)
 
 
@@ -115,6 +120,14 @@ def cloud_init(tree: Tree) -> None:
     tree.write("etc/cloud/cloud.cfg.d/90-azure.cfg", "datasource_list: [ Azure ]\n")
 
 
+def waagent(tree: Tree) -> None:
+    use_eth0(tree)
+    tree.parameters += " net.ifnames=0"
+    settings = tree.root / "etc/waagent.conf"
+    text = settings.read_text(encoding="utf-8")
+    settings.write_text(text.replace("Agent=cloud-init", "Agent=waagent"), encoding="utf-8")
+
+
 def two_agents(tree: Tree) -> None:
     cloud_init(tree)
     install_project(tree)
@@ -146,7 +159,16 @@ CASES = [
         packages=ARM_PACKAGES,
         generation=2,
     ),
-    Case(cloud_init, ["is the only agent +cloud-init"], packages=CLOUD_INIT_PACKAGES),
+    Case(  # as Azure's own images are
+        cloud_init,
+        ["is the only agent +cloud-init, and walinuxagent"],
+        packages=(*CLOUD_INIT_PACKAGES, "waagent", "eject", "openssh-server"),
+    ),
+    Case(
+        waagent,
+        ["takes the computer name .* from the provisioning DVD", "the only agent +walinuxagent"],
+        packages=WAAGENT_PACKAGES,
+    ),
     Case(
         two_agents,
         ["FAIL +is the only agent +2 agents talk to Azure: cloud-init, custom-provisioning"],

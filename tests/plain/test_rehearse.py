@@ -20,7 +20,16 @@ import azure_provision
 from tests import rehearse, vm
 from tests.fake_azure import FakeAzure, Request
 from tests.plain.harness import ROOT
-from tests.vm import MIB, DhcpRequest, Image, Setup, parse_dhcp, printable, split_options
+from tests.vm import (
+    MIB,
+    DhcpRequest,
+    Image,
+    Setup,
+    as_azure_answers,
+    parse_dhcp,
+    printable,
+    split_options,
+)
 
 
 def frame(*options: Tuple[int, bytes], kind: int = 3) -> bytes:
@@ -72,6 +81,19 @@ class DhcpParserTest(unittest.TestCase):
         kinds = [frame(kind=kind) for kind in (0, 5, 7)]
         for other in (b"", bytes(60), b"\xff" * 400, firmware, *kinds):
             self.assertIsNone(parse_dhcp(other))
+
+    def test_answers_get_the_options_of_azures_server(self) -> None:
+        sent = frame((3, bytes(4)), kind=5)
+        answer = (sent[:34] + b"\0\x43\0\x44" + sent[38:]).ljust(590, b"\0")
+        changed = as_azure_answers(answer)
+        self.assertEqual(len(changed), len(answer))
+        end, routes = (
+            answer.rindex(b"\xff"),
+            bytes([121, 23, 0, 168, 0, 0, 2, 32, 168, 63, 129, 16]),
+        )
+        self.assertEqual(changed[end : end + 18], bytes([245, 4, 168, 63, 129, 16]) + routes)
+        self.assertEqual((changed[:40], changed[40:42]), (answer[:40], bytes(2)))
+        self.assertEqual(as_azure_answers(sent), sent)
 
 
 class TextTest(unittest.TestCase):
@@ -148,6 +170,7 @@ class VerdictTest(unittest.TestCase):
         late, golden = FakeBoot("golden", SOUND_REQUESTS), FakeBoot("golden")
         asks_again = FakeBoot("myset000000", "goalstate 200")
         refused = FakeBoot("golden", "goalstate 400 no header")
+        unknown = FakeBoot("golden", "goalstate 404 not here")
         report = request("health", "200", body=b"<Health><State>NotReady</State></Health>")
         not_ready = FakeBoot("golden", "goalstate 200", report)
         asks_name = FakeBoot("golden", "goalstate 200\nhealth 200\nname 200")
@@ -155,10 +178,13 @@ class VerdictTest(unittest.TestCase):
         two_agents = FakeBoot("golden myset000000", SOUND_REQUESTS, other_agent)
         lost = "ALERT!  LABEL=root does not exist.  Dropping to a shell!"
         no_root = FakeBoot(console=lost, prompt_time=0)
-        waagent = FakeBoot("golden", console="Started walinuxagent.service")
+        waagent = request("goalstate", "200", {"x-ms-agent-name": "WALinuxAgent"})
+        cloud_init = [request(name, "200", other_agent.headers) for name in ("health", "compute")]
+        azures = FakeBoot("golden myset000000", "", *cloud_init, waagent)
         both, renamed = [sound, sound], FakeBoot(interface="ens9")
         cases: Any = [
             (both, named, []),
+            ([azures], None, []),
             ([FakeBoot()], None, [r"\? asks DHCP: .* within 60 s: .* eth0, .* was ens3 here"]),
             ([FakeBoot(interface="")], None, [r"\? asks DHCP: .* of a name that its console"]),
             ([FakeBoot(interface="eth0")], None, ["FAIL asks DHCP: .* another interface name th"]),
@@ -167,8 +193,8 @@ class VerdictTest(unittest.TestCase):
             ([sound, renamed], None, ["FAIL second .* bound to ens3.* ens9 here"]),
             ([FakeBoot(stage="firmware", read_bytes=9)], None, ["FAIL asks DHCP: .*no kernel"]),
             ([golden], None, ["FAIL reaches Azure: .* unit is not enabled .* firewall"]),
-            ([waagent], None, [r"\? reaches Azure: .* waagent needs"]),
             ([refused], None, ["FAIL reports Ready: refused with status 400: no header$"]),
+            ([unknown], None, [r"\? reports Ready: refused with status 404: not here$"]),
             ([not_ready], None, ["FAIL reports Ready: it reported NotReady: <Health>"]),
             ([asks_name], None, ["FAIL takes the .* for /metadata/instance/name, not"]),
             (
@@ -288,6 +314,10 @@ class VerdictTest(unittest.TestCase):
             with self.subTest(second=second, name=name, asked=asked, prompt=prompt):
                 boot: Any = FakeBoot(name, asked, prompt_time=prompt)
                 self.assertEqual(rehearse.deadline(boot, second), until)
+                if second or asked:  # it is done, and waagent asks again and again
+                    waagent = request("goalstate", "200", {"x-ms-agent-name": "WALinuxAgent"})
+                    boot.requests.append(waagent._replace(time=135))
+                    self.assertEqual(rehearse.deadline(boot, second), until)
 
 
 class ProbeTest(unittest.TestCase):
