@@ -245,6 +245,11 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NO_KEYS, {"etc/rc.local": KEYGEN_FIX}, "nobody can log in", f"{LIB}/sshd.service"),
     (NO_KEYS, {"etc/rc.local": "#!/bin/sh\n# ssh-keygen\n"}, "nobody", f"{LIB}/sshd.service"),
     (UBUNTU, {f"{MODULES}builtin": ""}, "no nvme", f"{MODULES}dep"),
+    (
+        NETWORKD,
+        {GRUB: "linux /vmlinuz ro\nlinux /memtest console=ttyS0\n"},
+        "without console=ttyS0",
+    ),
     *(
         (UBUNTU, {GRUB: UBUNTU[GRUB].replace("LABEL=root", disk)}, f"root={disk} is the builder's")
         for disk in ("/dev/loop0p1", "/dev/mapper/loop0p1", "/dev/vda1")
