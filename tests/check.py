@@ -39,6 +39,8 @@ HEALTH = "comp=health|/provisioning/health"  # to what an agent of another kind 
 DRIVERS = ("hv_netvsc", "hv_storvsc", "nvme")
 # Disks that no VM on Azure has, as a boot loader names them that was set up without udev.
 BUILDERS_DISK = r"root=/dev/((mapper/)?loop\d\S*|nbd\d\S*|x?vd[a-z]\d*)\Z"
+# Without either, as autopkgtest's images are, no interface is renamed.
+NAMING = ("udev/rules.d/80-net-setup-link.rules", "systemd/network/99-default.link")
 SECOND = r"mlx|\bmana\b|hv_pci|SRIOV"  # in a rule for the second device of accelerated networking
 
 
@@ -250,7 +252,8 @@ def problems(root: str) -> List[str]:
 
 def rehearsal_note(image: ImageFiles) -> str:
     """What a rehearsal will see otherwise: QEMU's interface has another name and driver."""
-    name = "eth0" if "net.ifnames=0" in image.command_line else "ens3"
+    renamed = all(map(image.layered, NAMING)) and "net.ifnames=0" not in image.command_line
+    name = "ens3" if renamed else "eth0"
     device = (name, "virtio_net")
     if any(config.fits(device) and not config.off for config in configurations(image)):
         return ""

@@ -115,7 +115,7 @@ BUILDERS = [
         GRML,
         [],
         3,
-        [r"\? +asks DHCP .* may name eth0, .* ens3 here: add net.ifnames=0", f"\n{UNTOLD}\n"],
+        [r"\? +asks DHCP .* may name eth0, .* here: add net.ifnames=0", f"\n{UNTOLD}\n"],
         f"sed -i 's/console=ttyS0/& net.ifnames=0/' {GRUB} etc/default/grub.d/azure.cfg",
     ),
 ]

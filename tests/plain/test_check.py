@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from azure_provision import UNIT
-from tests.check import problems
+from tests.check import NAMING, problems
 from tests.plain.harness import ROOT, SCRIPT, UNIT_FILE
 
 Files = Dict[str, str]  # path: content, or "-> target" for a symlink; "" removes it
@@ -341,8 +341,12 @@ class CheckTest(unittest.TestCase):
         self.tree(NETWORKD)
         sound = self.run_check(str(self.root))
         self.assertEqual(sound, (0, f"Nothing was found in '{self.root}'.\n"))
-        self.tree(NETWORKD, match("Driver=hv_netvsc"))
-        self.assertIn("A rehearsal will find no network", self.run_check(str(self.root))[1])
+        named = {f"usr/lib/{file}": "-" for file in NAMING}
+        by_name, kept = match("Name=eth0"), {f"etc/{NAMING[0]}": "-> /dev/null"}
+        for files in (match("Driver=hv_netvsc"), by_name, {**by_name, **kept}):
+            self.tree(NETWORKD, named, files)
+            found = "A rehearsal will find no network" in self.run_check(str(self.root))[1]
+            self.assertEqual(found, len(files) == 1)
         self.tree(NETWORKD, {"usr/bin/python3": "", NETWORK: "", f"{WANTS}/{UNIT}": ""})
         status, output = self.run_check(str(self.root))
         self.assertEqual((status, len(output.splitlines())), (1, 3))
