@@ -363,7 +363,7 @@ def can_be_uploaded(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
 
 def asks_dhcp(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
     setup, first = rehearsal.setup, rehearsal.boots[0]
-    here = boot.interface or "of a name that its console does not tell"
+    here = boot.interface or "unknown (its console does not tell it)"
     if boot.dhcp:
         remark = f", on {boot.interface}" if boot.interface else ""
         return PASS, f"{seconds(boot, boot.dhcp[0].time)}, by {boot.dhcp[0].client}{remark}"
@@ -385,8 +385,9 @@ def asks_dhcp(boot: VMBoot, rehearsal: Rehearsal) -> Outcome:
         return absent(what, reason, boot, rehearsal, UNSURE)
     if boot is not first:
         reason = (
-            f"it is the interface name: the network configuration is bound to {first.interface}, "
-            f"as it was in VM 1. The interface is {here} here, and eth0 on Azure"
+            "it is the interface name: the network configuration is bound to "
+            f"{first.interface or 'it'}, as it was in VM 1. The interface is {here} here, and eth0 "
+            "on Azure"
         )
         return absent(what, reason, boot, rehearsal)
     unbound = "there is no DHCP client, or its configuration is bound to another MAC address"

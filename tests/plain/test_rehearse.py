@@ -182,15 +182,17 @@ class VerdictTest(unittest.TestCase):
         cloud_init = [request(name, "200", other_agent.headers) for name in ("health", "compute")]
         azures = FakeBoot("golden myset000000", "", *cloud_init, waagent)
         both, renamed = [sound, sound], FakeBoot(interface="ens9")
+        quiet = FakeBoot("golden myset000000", SOUND_REQUESTS, interface="")
         cases: Any = [
             (both, named, []),
             ([azures], None, []),
             ([FakeBoot()], None, [r"\? asks DHCP: .* within 60 s: .* eth0, .* was ens3 here"]),
-            ([FakeBoot(interface="")], None, [r"\? asks DHCP: .* of a name that its console"]),
+            ([FakeBoot(interface="")], None, [r"\? asks DHCP: .* was unknown"]),
             ([FakeBoot(interface="eth0")], None, ["FAIL asks DHCP: .* another interface name th"]),
             ([no_root], None, ["FAIL asks DHCP: .* does not find its root"]),
             ([sound, no_root], None, ["FAIL second VM .*: asks DHCP: .* it is the disk driver"]),
             ([sound, renamed], None, ["FAIL second .* bound to ens3.* ens9 here"]),
+            ([quiet, FakeBoot(interface="")], None, ["FAIL second .* bound to it, .* unknown"]),
             ([FakeBoot(stage="firmware", read_bytes=9)], None, ["FAIL asks DHCP: .*no kernel"]),
             ([golden], None, ["FAIL reaches Azure: .* unit is not enabled .* firewall"]),
             ([refused], None, ["FAIL reports Ready: refused with status 400: no header$"]),
