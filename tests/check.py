@@ -161,8 +161,13 @@ def dhcp_name(image: ImageFiles) -> Iterator[str]:
     """The name that DHCP tells Azure's DNS is the hostname."""
     lost = "so Azure's DNS never learns the name of a VM: have it send the hostname"
     for config in configurations(image):
-        if config.hostname and config.fits(ETH0) and not config.off:
+        if not config.fits(ETH0) or config.off:
+            continue
+        if config.hostname:
             yield f"{config.file}: {config.hostname}, {lost}"
+        if config.service == NETWORKD and image.unit("dbus.socket") is None:
+            late = "sends the name of a VM only from its second boot on: install dbus"
+            yield f"{config.file}: without D-Bus systemd-networkd {late}"
     for file, line in image.boot_loaders:
         for word in re.findall(r"(?<!\S)systemd\.hostname=\S*", line):
             yield f"{file}: {word} is the name of every VM from its second boot on: delete it"

@@ -52,7 +52,7 @@ mount --bind misc /proc/misc
 PATH=$PWD:$PATH
 exec """
 
-# The example of vmdb2's manual, with this release and Python.
+# The example of vmdb2's manual, with this release, Python and D-Bus.
 VMDB2 = """\
 steps:
   - {mkimg: "{{ output }}", size: 4G}
@@ -62,7 +62,7 @@ steps:
   - {mkfs: ext4, partition: /}
   - {mount: /}
   - {debootstrap: bookworm, mirror: MIRROR, target: /}
-  - {apt: install, packages: [linux-image-amd64, python3], tag: /}
+  - {apt: install, packages: [linux-image-amd64, python3, dbus], tag: /}
   - {fstab: /}
   - {grub: bios, tag: /}
 """

@@ -43,6 +43,7 @@ def service(name: str, command: str = "/bin/true", more: str = "") -> Files:
 SYSTEMD: Files = {
     f"{LIB}/default.target": "-> multi-user.target",
     f"{LIB}/multi-user.target": HERE,
+    f"{LIB}/dbus.socket": "[Socket]\nListenStream=/run/dbus/system_bus_socket\n",
     "lib": "-> usr/lib",
     "etc/machine-id": "\n",
     "usr/bin/python3": "-> /etc/alternatives/python3",
@@ -159,6 +160,7 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (UBUNTU, plan("a: &a {match: {driver: &d veth}, dhcp4: &y true}, eth0: {dhcp4: *y}")),
     (NETWORKD, {**match("Name=e*"), RULES: SRIOV_RULE}),
     (RHEL, {NM_CONF: DEVICE % "driver:mlx5_core;driver:mana", RULES: ""}),
+    (DEBIAN, {f"{LIB}/dbus.socket": ""}),
     (RHEL, {NM_CONF: DEVICE.replace("0", "1") % "interface-name:eth*"}),
     (NETWORKD, {**match("Name=e*"), RULES: SRIOV_RULE, f"{SHARED_LIB}-255.4-1.fc40.so": "-"}),
     (RHEL, {KEYFILE: f"{RHEL[KEYFILE]}# 0644", DEFAULT: ""}),
@@ -244,6 +246,8 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, {**service("a.service", "/usr/bin/python3 -I /opt/a"), **REPORTS}, "mask a.service"),
     (NO_KEYS, {"etc/rc.local": KEYGEN_FIX}, "nobody can log in", f"{LIB}/sshd.service"),
     (NO_KEYS, {"etc/rc.local": "#!/bin/sh\n# ssh-keygen\n"}, "nobody", f"{LIB}/sshd.service"),
+    (NETWORKD, {f"{LIB}/dbus.socket": ""}, "install dbus", NETWORK),
+    (UBUNTU, {f"{LIB}/dbus.socket": ""}, "install dbus", NETPLAN),
     (UBUNTU, {f"{MODULES}builtin": ""}, "no nvme", f"{MODULES}dep"),
     (
         NETWORKD,
