@@ -37,6 +37,10 @@ AGENTS = r"(cloud-init-(local|main)|wa(linux)?agent|azure-init|afterburn.*checki
 KEYGEN = "ssh-keygen|sshd-keygen|dpkg-reconfigure .*openssh-server"
 HEALTH = "comp=health|/provisioning/health"  # to what an agent of another kind reports
 DRIVERS = ("hv_netvsc", "hv_storvsc", "nvme")
+# Disks that no VM on Azure has, as a boot loader names them that was set up without udev.
+BUILDERS_DISK = r"root=/dev/((mapper/)?loop\d\S*|nbd\d\S*|x?vd[a-z]\d*)\Z"
+# Without either, as autopkgtest's images are, no interface is renamed.
+NAMING = ("udev/rules.d/80-net-setup-link.rules", "systemd/network/99-default.link")
 SECOND = r"mlx|\bmana\b|hv_pci|SRIOV"  # in a rule for the second device of accelerated networking
 
 
@@ -157,8 +161,13 @@ def dhcp_name(image: ImageFiles) -> Iterator[str]:
     """The name that DHCP tells Azure's DNS is the hostname."""
     lost = "so Azure's DNS never learns the name of a VM: have it send the hostname"
     for config in configurations(image):
-        if config.hostname and config.fits(ETH0) and not config.off:
+        if not config.fits(ETH0) or config.off:
+            continue
+        if config.hostname:
             yield f"{config.file}: {config.hostname}, {lost}"
+        if config.service == NETWORKD and image.unit("dbus.socket") is None:
+            late = "sends the name of a VM only from its second boot on: install dbus"
+            yield f"{config.file}: without D-Bus systemd-networkd {late}"
     for file, line in image.boot_loaders:
         for word in re.findall(r"(?<!\S)systemd\.hostname=\S*", line):
             yield f"{file}: {word} is the name of every VM from its second boot on: delete it"
@@ -218,6 +227,10 @@ def boots(image: ImageFiles) -> Iterator[str]:
             if not re.search(rf"/{driver}\.ko\b", image.read(file) + builtin):
                 lost = "network" if driver == "hv_netvsc" else "disk, on some sizes"
                 yield f"{file}: no {driver}, so a VM has no {lost}: install another kernel"
+    for file, line in image.boot_loaders:
+        for word in line.split():
+            if re.match(BUILDERS_DISK, word):
+                yield f"{file}: {word} is the builder's disk: name it by root=UUID="
     arm = image.exists("/lib/ld-linux-aarch64.so.1")
     console = "console=ttyAMA0" if arm else "console=ttyS0"
     if image.boot_loaders and not any(w.startswith(console) for w in image.command_line):
@@ -244,7 +257,8 @@ def problems(root: str) -> List[str]:
 
 def rehearsal_note(image: ImageFiles) -> str:
     """What a rehearsal will see otherwise: QEMU's interface has another name and driver."""
-    name = "eth0" if "net.ifnames=0" in image.command_line else "ens3"
+    renamed = all(map(image.layered, NAMING)) and "net.ifnames=0" not in image.command_line
+    name = "ens3" if renamed else "eth0"
     device = (name, "virtio_net")
     if any(config.fits(device) and not config.off for config in configurations(image)):
         return ""

@@ -22,7 +22,7 @@ BOOT_LOADERS = (
     "etc/default/grub etc/default/grub.d/*.cfg",
 )
 COMMAND_LINE = (
-    r"(?mi)^[ \t]*(?:linux\w*[ \t]+\S+|options|append|(?:set )?kernelopts="
+    r"(?mi)^[ \t]*(?:linux\w*[ \t]+(?!\S*memtest)\S+|options|append|(?:set )?kernelopts="
     r"|GRUB_CMDLINE_LINUX\w*=)(.*)"
 )
 YAML_TOKEN = r"(\"[^\"]*\"|'[^']*'|[{}]|(?:[^\s{}\[\],:]|:(?!\s|$))+)(\s*:(?=\s|$))?"

@@ -194,23 +194,28 @@ def can_be_uploaded(image: Image) -> Outcome:
 
 def asks_dhcp(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     setup, first, what = boot.vm.setup, boots[0], "no DHCP request"
-    here, state = boot.interface or "of a name that its console does not tell", FAIL
+    here, state = boot.interface or "unknown (its console does not tell it)", FAIL
     if boot.dhcp:
         on = f", on {boot.interface}" if boot.interface else ""
         return PASS, seconds(boot, boot.dhcp[0].time) + on
     if lost(boot):
-        reason = "the system does not find its root file system: see its console"
-        if boot is not first and setup.generation == 2:
+        reason = "the system does not find its root file system, or another disk: see its console"
+        if boot is first:  # Azure's has another driver and another name
+            state, reason = UNSURE, f"{reason}; QEMU's is virtio, /dev/vda"
+        elif setup.generation == 2:
             reason = "it is the disk driver: VM 2 has an NVMe disk, as Azure's newer sizes; the "
             reason += "initramfs lacks the driver nvme, or something names a disk by /dev/vda"
-        return FAIL, f"{what} within {boot.seconds:.0f} s: {reason}"
+        return state, f"{what} within {boot.seconds:.0f} s: {reason}"
     if boot.stage == "firmware" and boot.read_bytes < LOADED:
         reason = f"no kernel was loaded: is it a disk of generation {3 - setup.generation}?"
     elif boot.stage == "firmware":
         reason = f"its console says nothing: set console={CONSOLES[setup.architecture]}, try again"
         state = UNSURE
     elif boot is not first:
-        reason = f"it is the interface: bound to VM 1's, {first.interface}, by its name or slot; "
+        name = f", {first.interface}," if first.interface else ""
+        reason = (
+            f"it is the interface: the configuration is bound to VM 1's{name} by name or slot; "
+        )
         reason += f"here it is {here}, and eth0 on Azure"
     else:
         reason = "there is no DHCP client, or its configuration is bound to another MAC address"

@@ -3,9 +3,11 @@
 The partitions and file systems are written into a file: only building the tree needs root.
 """
 
+import contextlib
+import json
 import shutil
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 from tests.boot.container import image, mirror
 from tests.boot.host import CACHE, command, new_directory, which
@@ -115,6 +117,20 @@ class Tree:
 
     def remove(self) -> None:
         shutil.rmtree(str(self.directory), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def mounted(disk: Path) -> Iterator[Path]:
+    """The root of DISK, which is its last partition, to be changed."""
+    table = json.loads(command("sfdisk", "--json", disk))["partitiontable"]
+    offset = table["partitions"][-1]["start"] * 512
+    root = new_directory() / "root"
+    root.mkdir()
+    command("mount", "-o", f"loop,offset={offset}", disk, root)
+    try:
+        yield root
+    finally:
+        command("umount", root)
 
 
 def partition(disk: Path, label: str, boot: str) -> None:

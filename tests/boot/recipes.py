@@ -3,7 +3,6 @@
 `python3 -m unittest tests.boot.recipes`, as root; BOOT_FIGURES is a file for what the VMs say.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from typing import List, Sequence
 
 from azure_provision import UNIT
 from tests.boot.container import add_service, image, mirror, write
-from tests.boot.disk import Tree
+from tests.boot.disk import Tree, mounted
 from tests.boot.host import attempt, command, note, skip_if, which
 from tests.boot.in_a_vm import VMTest
 from tests.boot.network import Namespace
@@ -66,15 +65,10 @@ class RecipeTest(VMTest):
         write(self.recipes, "authorized_keys", self.public_key)
 
     def add_identity_to(self, disk: Path) -> None:
-        """Add the service to the last partition of DISK, its root."""
-        table = json.loads(command("sfdisk", "--json", disk))["partitiontable"]
-        offset = table["partitions"][-1]["start"] * 512
-        root = self.directory / "mounted"
-        root.mkdir()
-        command("mount", "-o", f"loop,offset={offset}", disk, root)
-        add_identity_service(root, LOG_IN)
-        shutil.copy(str(self.key), str(root / "usr/local/key"))
-        command("umount", root)
+        """Add the service to the root of DISK."""
+        with mounted(disk) as root:
+            add_identity_service(root, LOG_IN)
+            shutil.copy(str(self.key), str(root / "usr/local/key"))
 
     def rehearse(self, disk: Path, generation: int, builder: Sequence[str] = ()) -> None:
         """DISK provisions, and each VM of it has an identity of its own, and keeps it."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from azure_provision import UNIT
-from tests.check import problems
+from tests.check import NAMING, problems
 from tests.plain.harness import ROOT, SCRIPT, UNIT_FILE
 
 Files = Dict[str, str]  # path: content, or "-> target" for a symlink; "" removes it
@@ -43,6 +43,7 @@ def service(name: str, command: str = "/bin/true", more: str = "") -> Files:
 SYSTEMD: Files = {
     f"{LIB}/default.target": "-> multi-user.target",
     f"{LIB}/multi-user.target": HERE,
+    f"{LIB}/dbus.socket": "[Socket]\nListenStream=/run/dbus/system_bus_socket\n",
     "lib": "-> usr/lib",
     "etc/machine-id": "\n",
     "usr/bin/python3": "-> /etc/alternatives/python3",
@@ -160,11 +161,13 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (UBUNTU, plan("a: &a {match: {driver: &d veth}, dhcp4: &y true}, eth0: {dhcp4: *y}")),
     (NETWORKD, {**match("Name=e*"), RULES: SRIOV_RULE}),
     (RHEL, {NM_CONF: DEVICE % "driver:mlx5_core;driver:mana", RULES: ""}),
+    (DEBIAN, {f"{LIB}/dbus.socket": ""}),
     (RHEL, {NM_CONF: DEVICE.replace("0", "1") % "interface-name:eth*"}),
     (NETWORKD, {**match("Name=e*"), RULES: SRIOV_RULE, f"{SHARED_LIB}-255.4-1.fc40.so": "-"}),
     (RHEL, {KEYFILE: f"{RHEL[KEYFILE]}# 0644", DEFAULT: ""}),
     (RHEL, {f"{KEYFILE}.bak": "[connection]\nautoconnect=no\n", KEYFILE: "", DEFAULT: ""}),
     (UBUNTU, {"etc/cloud/cloud.cfg.d/90_dpkg.cfg": "# a\n---\ndatasource_list: [None]\n"}),
+    (UBUNTU, {GRUB: UBUNTU[GRUB].replace("LABEL=root", "/dev/vda/loop0")}),  # of LVM
 ]
 
 # A distribution, what breaks it, and what is said: of the first file, unless another is named.
@@ -245,7 +248,18 @@ BROKEN: List[Tuple[Any, ...]] = [
     (NETWORKD, {**service("a.service", "/usr/bin/python3 -I /opt/a"), **REPORTS}, "mask a.service"),
     (NO_KEYS, {"etc/rc.local": KEYGEN_FIX}, "nobody can log in", f"{LIB}/sshd.service"),
     (NO_KEYS, {"etc/rc.local": "#!/bin/sh\n# ssh-keygen\n"}, "nobody", f"{LIB}/sshd.service"),
+    (NETWORKD, {f"{LIB}/dbus.socket": ""}, "install dbus", NETWORK),
+    (UBUNTU, {f"{LIB}/dbus.socket": ""}, "install dbus", NETPLAN),
     (UBUNTU, {f"{MODULES}builtin": ""}, "no nvme", f"{MODULES}dep"),
+    (
+        NETWORKD,
+        {GRUB: "linux /vmlinuz ro\nlinux /memtest console=ttyS0\n"},
+        "without console=ttyS0",
+    ),
+    *(
+        (UBUNTU, {GRUB: UBUNTU[GRUB].replace("LABEL=root", disk)}, f"root={disk} is the builder's")
+        for disk in ("/dev/loop0p1", "/dev/mapper/loop0p1", "/dev/vda1")
+    ),
 ]
 
 
@@ -333,8 +347,12 @@ class CheckTest(unittest.TestCase):
         self.tree(NETWORKD)
         sound = self.run_check(str(self.root))
         self.assertEqual(sound, (0, f"Nothing was found in '{self.root}'.\n"))
-        self.tree(NETWORKD, match("Driver=hv_netvsc"))
-        self.assertIn("A rehearsal will find no network", self.run_check(str(self.root))[1])
+        named = {f"usr/lib/{file}": "-" for file in NAMING}
+        by_name, kept = match("Name=eth0"), {f"etc/{NAMING[0]}": "-> /dev/null"}
+        for files in (match("Driver=hv_netvsc"), by_name, {**by_name, **kept}):
+            self.tree(NETWORKD, named, files)
+            found = "A rehearsal will find no network" in self.run_check(str(self.root))[1]
+            self.assertEqual(found, len(files) == 1)
         self.tree(NETWORKD, {"usr/bin/python3": "", NETWORK: "", f"{WANTS}/{UNIT}": ""})
         status, output = self.run_check(str(self.root))
         self.assertEqual((status, len(output.splitlines())), (1, 3))

@@ -156,6 +156,7 @@ class VerdictTest(unittest.TestCase):
         rivals = FakeBoot("golden myset000000", SOUND_REQUESTS, waagent, starts)
         late_rival = FakeBoot("myset000000", "", waagent, starts)
         both, renamed = [sound, sound], FakeBoot(interface="ens9")
+        quiet = FakeBoot("golden myset000000", SOUND_REQUESTS, interface="")
         cases: Any = [
             ([*both, named], []),
             ([azures], []),
@@ -163,11 +164,12 @@ class VerdictTest(unittest.TestCase):
             ([rivals], ["FAIL is the .*: 2 agents .*: custom-provisioning, walinuxagent;"]),
             ([*both, late_rival], ["FAIL is the .*: 2 agents .*: custom-provisioning, walinuxa"]),
             ([FakeBoot()], [r"\? asks DHCP: .* within 60 s: .* eth0, .* was ens3 here"]),
-            ([FakeBoot(interface="")], [r"\? asks DHCP: .* of a name that its console"]),
+            ([FakeBoot(interface="")], [r"\? asks DHCP: .* was unknown"]),
             ([FakeBoot(interface="eth0")], ["FAIL asks DHCP: .* another interface name th"]),
-            ([no_root], ["FAIL asks DHCP: .* does not find its root"]),
+            ([no_root], [r"\? asks DHCP: .* does not find its root .* virtio"]),
             ([sound, no_root], ["FAIL second VM .*: asks DHCP: .* it is the disk driver"]),
             ([sound, renamed], ["FAIL second .* VM 1's, ens3.* ens9, and eth0"]),
+            ([quiet, FakeBoot(interface="")], ["FAIL second .* VM 1's by .* is unknown"]),
             ([FakeBoot(stage="firmware", read_bytes=9)], ["FAIL asks DHCP: .*no kernel"]),
             ([golden], ["FAIL reaches Azure: .* unit is not enabled .* firewall"]),
             ([refused], ["FAIL reports Ready: refused with status 400: no header$"]),
