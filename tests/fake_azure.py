@@ -319,6 +319,10 @@ class FakeAzure:
             config=f"{config}&amp;incarnation={self.incarnation}",
         )
 
+    def provisioning_dvd(self) -> bytes:
+        """The DVD that a VM has, for agents that do not ask IMDS, such as waagent."""
+        return make_dvd(b"OVF-ENV.XML;1", OVF_ENV % self.computer_name.encode("ascii"))
+
     def record(self, request: Request) -> None:
         """Add REQUEST to the record, and tell those who wait for it."""
         with self._arrived:
@@ -455,6 +459,42 @@ class FakeAzure:
         if extended:
             instance["extended"] = {"compute": {"hasCustomData": False, "ppsType": "None"}}
         return {"metadata": {"instance": instance}}
+
+
+OVF_ENV = b"""\
+<?xml version="1.0" encoding="utf-8"?>
+<Environment xmlns="http://schemas.dmtf.org/ovf/environment/1" \
+xmlns:wa="http://schemas.microsoft.com/windowsazure">
+<wa:ProvisioningSection><wa:Version>1.0</wa:Version>
+<wa:LinuxProvisioningConfigurationSet>
+<wa:ConfigurationSetType>LinuxProvisioningConfiguration</wa:ConfigurationSetType>
+<wa:HostName>%s</wa:HostName><wa:UserName>azureuser</wa:UserName>
+<wa:DisableSshPasswordAuthentication>true</wa:DisableSshPasswordAuthentication>
+</wa:LinuxProvisioningConfigurationSet></wa:ProvisioningSection>
+<wa:PlatformSettingsSection><wa:Version>1.0</wa:Version><wa:PlatformSettings>
+<wa:ProvisionGuestAgent>true</wa:ProvisionGuestAgent>
+</wa:PlatformSettings></wa:PlatformSettingsSection>
+</Environment>
+"""
+
+
+def make_dvd(name: bytes, content: bytes) -> bytes:
+    """An ISO 9660 file system (ECMA-119) with one file, in sectors of 2,048 bytes."""
+
+    def both(number: int, size: str) -> bytes:
+        return struct.pack("<" + size, number) + struct.pack(">" + size, number)
+
+    def entry(name: bytes, sector: int, size: int, flags: int) -> bytes:
+        data = both(sector, "I") + both(size, "I") + bytes(7) + bytes([flags, 0, 0]) + both(1, "H")
+        data += bytes([len(name)]) + name.ljust(len(name) | 1, b"\0")
+        return bytes([len(data) + 2, 0]) + data
+
+    root = entry(b"\0", 18, 2048, 2)
+    volume = b"\1CD001\1\0" + b"provisioning".rjust(44).ljust(64) + bytes(8) + both(20, "I")
+    volume += bytes(32) + both(1, "H") * 2 + both(2048, "H") + bytes(24) + root
+    directory = root + entry(b"\1", 18, 2048, 2) + entry(name, 19, len(content), 0)
+    sectors = (volume, b"\xffCD001\1", directory, content)
+    return bytes(16 * 2048) + b"".join(sector.ljust(2048, b"\0") for sector in sectors)
 
 
 def describe(request: Request) -> str:

@@ -291,43 +291,6 @@ def succeeds(*command: str, timeout: float = 60) -> bool:
 
 # The VM.
 
-# What Azure's provisioning DVD has for those who do not ask IMDS, such as waagent.
-OVF_ENV = b"""\
-<?xml version="1.0" encoding="utf-8"?>
-<Environment xmlns="http://schemas.dmtf.org/ovf/environment/1" \
-xmlns:wa="http://schemas.microsoft.com/windowsazure">
-<wa:ProvisioningSection><wa:Version>1.0</wa:Version>
-<wa:LinuxProvisioningConfigurationSet>
-<wa:ConfigurationSetType>LinuxProvisioningConfiguration</wa:ConfigurationSetType>
-<wa:HostName>%s</wa:HostName><wa:UserName>azureuser</wa:UserName>
-<wa:DisableSshPasswordAuthentication>true</wa:DisableSshPasswordAuthentication>
-</wa:LinuxProvisioningConfigurationSet></wa:ProvisioningSection>
-<wa:PlatformSettingsSection><wa:Version>1.0</wa:Version><wa:PlatformSettings>
-<wa:ProvisionGuestAgent>true</wa:ProvisionGuestAgent>
-</wa:PlatformSettings></wa:PlatformSettingsSection>
-</Environment>
-"""
-
-
-def make_dvd(name: bytes, content: bytes) -> bytes:
-    """An ISO 9660 file system (ECMA-119) with one file, in sectors of 2,048 bytes."""
-
-    def both(number: int, size: str) -> bytes:
-        return struct.pack("<" + size, number) + struct.pack(">" + size, number)
-
-    def entry(name: bytes, sector: int, size: int, flags: int) -> bytes:
-        data = both(sector, "I") + both(size, "I") + bytes(7) + bytes([flags, 0, 0]) + both(1, "H")
-        data += bytes([len(name)]) + name.ljust(len(name) | 1, b"\0")
-        return bytes([len(data) + 2, 0]) + data
-
-    root = entry(b"\0", 18, 2048, 2)
-    volume = b"\1CD001\1\0" + b"provisioning".rjust(44).ljust(64) + bytes(8) + both(20, "I")
-    volume += bytes(32) + both(1, "H") * 2 + both(2048, "H") + bytes(24) + root
-    directory = root + entry(b"\1", 18, 2048, 2) + entry(name, 19, len(content), 0)
-    sectors = (volume, b"\xffCD001\1", directory, content)
-    return bytes(16 * 2048) + b"".join(sector.ljust(2048, b"\0") for sector in sectors)
-
-
 MACHINES = {("x86_64", 1): "pc", ("x86_64", 2): "q35", ("aarch64", 2): "virt,gic-version=max"}
 # Units of agents have ConditionVirtualization=microsoft. systemd knows Azure by DMI, but believes
 # QEMU's CPU first.
@@ -431,12 +394,11 @@ class VM(contextlib.ExitStack):
         self.directory = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="azure-vm-")))
         run_tool("qemu-img", "create", "-q", "-f", "qcow2", self.path("disk"), str(self.image.size))
         Path(self.path("relay.py")).write_text(RELAY)
-        dvd = make_dvd(b"OVF-ENV.XML;1", OVF_ENV % names[1].encode("ascii"))
-        Path(self.path("dvd")).write_bytes(dvd)
         addresses = ((WIRESERVER, 80), (IMDS, 80))
         self.azure = FakeAzure(*addresses, listen=lambda address: Door(self.directory, address))
         self.azure.vm_name, self.azure.computer_name = names
         self.azure.mac_address = self.mac.replace(":", "").upper()
+        Path(self.path("dvd")).write_bytes(self.azure.provisioning_dvd())
         self.enter_context(self.azure)
 
     def path(self, name: str) -> str:
