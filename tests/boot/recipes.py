@@ -17,7 +17,7 @@ from tests.boot.host import attempt, command, note, skip_if, which
 from tests.boot.in_a_vm import VMTest
 from tests.boot.network import Namespace
 from tests.plain.harness import ROOT
-from tests.vm import VM, Setup
+from tests.vm import VM, Setup, inspect
 
 RECIPE_TIMEOUT = 600  # seconds, for what a VM does under emulation
 
@@ -239,7 +239,10 @@ class MkosiTest(RecipeTest):
         isolated = ("unshare", "--mount", "--pid", "--fork", "sh", "-ec", RUN_MKOSI)
         done = attempt(*isolated, self.project, cwd=self.directory)
         self.assertEqual(done.returncode, 0, done.stdout)
-        command(self.recipes / "vhd.sh", recipe / "build/image.raw")
+        raw = recipe / "build/image.raw"
+        command("sh", "-ec", "\n".join(inspect(raw).upload_commands()), cwd=self.directory)
+        self.assertEqual(inspect(self.directory / "disk.vhd").obstacle, "")
+        command(self.recipes / "vhd.sh", raw)
         disk = recipe / "build/image.vhd"
         self.add_identity_to(disk)
         self.rehearse(disk, 2)
