@@ -314,7 +314,7 @@ class ProbeTest(unittest.TestCase):
     def test_accelerator_that_works_is_recognized(self) -> None:
         self.assertTrue(vm.runs_guest(Setup(), timeout=60))
         endless = {"x86_64": b"\xeb\xfe".rjust(65536 - 14, b"\0").ljust(65536, b"\0")}  # jmp $
-        with mock.patch.object(vm, "ENDS_AT_ONCE", endless):
+        with mock.patch.object(vm, "PROBES", endless):
             self.assertFalse(vm.runs_guest(Setup(), timeout=1))
 
     def test_firmware_is_what_qemu_describes_without_secure_boot(self) -> None:
