@@ -96,12 +96,12 @@ def show_event(boot: VMBoot, console: Any, at: float, source: str, text: str) ->
 def watch(boots: List[VMBoot], options: argparse.Namespace, latest: float = 0) -> None:
     """Show what the last boot does, or that we are alive, until it ends, LATEST or its deadline."""
     boot = boots[-1]
-    while not boot.fate and not boot.off.is_set():
+    while True:
         remaining = (latest or deadline(boots, options.timeout)) - time.monotonic()
-        if remaining <= 0:
-            break
-        if SIGNALS:
+        if SIGNALS:  # QEMU may have got one, too
             raise KeyboardInterrupt
+        if boot.fate or boot.off.is_set() or remaining <= 0:
+            break
         try:
             show_event(boot, options.console, *boot.events.get(timeout=min(remaining, 0.5)))
         except queue.Empty:
@@ -206,7 +206,9 @@ def asks_dhcp(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
             reason = "it is the disk driver: VM 2 has an NVMe disk, as Azure's newer sizes; the "
             reason += "initramfs lacks the driver nvme, or something names a disk by /dev/vda"
         return state, f"{what} within {boot.seconds:.0f} s: {reason}"
-    if boot.stage == "firmware" and boot.read_bytes < LOADED:
+    if boot.stage == "firmware" and not boot.read_bytes:
+        state, reason = UNSURE, "the firmware has not read the disk: is this machine too busy?"
+    elif boot.stage == "firmware" and boot.read_bytes < LOADED:
         reason = f"no kernel was loaded: is it a disk of generation {3 - setup.generation}?"
     elif boot.stage == "firmware":
         reason = f"its console says nothing: set console={CONSOLES[setup.architecture]}, try again"

@@ -303,10 +303,10 @@ CPUS = {
 DMI = "type=1,manufacturer=Microsoft Corporation,product=Virtual Machine,version=Hyper-V"
 FIRMWARE = Path("/usr/share/qemu/firmware")  # docs/interop/firmware.json of QEMU
 
-# Firmware that counts to a hundred million and ends: 0.1 s with KVM, and a minute where KVM itself is
-# emulated. For x86, where its last 16 bytes are run first: mov ecx, N; dec ecx; jnz; mov al, 0xfe;
-# out 0x64, al. For Arm: movz w1, N; subs w1, w1, 1; b.ne; and PSCI's SYSTEM_OFF: movz w0, 8;
-# movk w0, 0x8400, lsl 16; hvc 0.
+# Firmware that counts to a hundred million and ends: an instant with KVM, a minute where KVM itself
+# is emulated. For x86, where its last 16 bytes are run first: mov ecx, N; dec ecx; jnz;
+# mov al, 0xfe; out 0x64, al. For Arm: movz w1, N; subs w1, w1, 1; b.ne; and PSCI's SYSTEM_OFF:
+# movz w0, 8; movk w0, 0x8400, lsl 16; hvc 0.
 PROBES = {
     "x86_64": bytes.fromhex("66b900e1f505 6649 75fc b0fe e664")
     .ljust(16, b"\0")

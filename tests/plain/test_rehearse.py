@@ -170,6 +170,7 @@ class VerdictTest(unittest.TestCase):
             ([sound, no_root], ["FAIL second VM .*: asks DHCP: .* it is the disk driver"]),
             ([sound, renamed], ["FAIL second .* VM 1's, ens3.* ens9, and eth0"]),
             ([quiet, FakeBoot(interface="")], ["FAIL second .* VM 1's by .* is unknown"]),
+            ([FakeBoot(stage="firmware", read_bytes=0)], [r"\? asks DHCP: .* this machine too b"]),
             ([FakeBoot(stage="firmware", read_bytes=9)], ["FAIL asks DHCP: .*no kernel"]),
             ([golden], ["FAIL reaches Azure: .* unit is not enabled .* firewall"]),
             ([refused], ["FAIL reports Ready: refused with status 400: no header$"]),
