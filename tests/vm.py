@@ -361,7 +361,7 @@ def find_setup(image: Image, generation: int) -> Tuple[Setup, str]:
     setup = Setup(generation, "kvm", succeeds(*UNSHARE, "true"), architecture)
     how = "KVM"
     if not runs_guest(setup, KVM_TIMEOUT):
-        setup, how = setup._replace(accelerator="tcg"), "emulated, as KVM does not run a guest here"
+        setup, how = setup._replace(accelerator="tcg"), "emulated, as KVM does not work here"
     network = "a private network" if setup.private else "the guest can reach this machine's network"
     ways = [f"EFI on {each}" for each in sorted(loaders)] + ["BIOS"] * bios
     can = f"can boot by {' and '.join(ways) or 'neither EFI nor BIOS'}"
