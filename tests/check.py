@@ -228,7 +228,7 @@ def boots(image: ImageFiles) -> Iterator[str]:
                 lost = "network" if driver == "hv_netvsc" else "disk, on some sizes"
                 yield f"{file}: no {driver}, so a VM has no {lost}: install another kernel"
     for file, line in image.boot_loaders:
-        for word in line.split():
+        for word in [word for word in line.split() if word.startswith("root=")][-1:]:  # it counts
             if re.match(BUILDERS_DISK, word):
                 yield f"{file}: {word} is the builder's disk: name it by root=UUID="
     arm = image.exists("/lib/ld-linux-aarch64.so.1")

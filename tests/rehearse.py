@@ -26,11 +26,13 @@ NAME_PREFIX = r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z"  # six digits follow: hostname(
 POWER_OFF_TIMEOUT = 20  # seconds; long enough for a journal of 5 s to reach the disk
 LOADED = 16 * MIB  # has been read from the disk once a kernel is loaded
 CONSOLE_LINES = 6  # of trouble, and of the end, that are shown with a verdict
-NO_ROOT = re.compile(
+STRANDED = re.compile(  # it waits for its administrator
     r"Unable to mount root|Gave up waiting for root|ALERT! .* does not exist|emergency (mode|shell)"
     r"|dracut-initqueue.*timeout|Timed out waiting for device|Warning: /dev/.* does not exist"
 )
-TROUBLE = re.compile(r"FAILED|Error\b|Kernel panic|Failed to|azure-prov\S+\[|" + NO_ROOT.pattern)
+TROUBLE = re.compile(
+    r"FAILED|Error\b|Kernel panic|Failed to (?!access perfctr)|azure-prov\S+\[|" + STRANDED.pattern
+)
 
 # Resources of IMDS whose answer holds the computer name.
 NAME_RESOURCES = ("computerName", "osProfile", "compute", "instance")
@@ -154,21 +156,21 @@ def deadline(boots: List[VMBoot], timeout: float) -> float:
     ready, named, prompt = ready_time(boot), named_time(boot), boot.prompt_time
     if not prompt and not (named if second else ready):
         last = boot.active_time
-        patience = max(10 if lost(boot) else 120, (last - boot.started) / 2)
+        patience = max(10 if stranded(boot) else 120, (last - boot.started) / 2)
     else:
         done = ready or second  # but a daemon goes on asking
         asked = [each for each in boot.requests if not done or agent(each) != DAEMON]
         times = [event.time for events in (asked, boot.dhcp) for event in events]
         last = max([prompt, *times])
         pace = (last if second else ready or prompt) - boot.started
-        finished = prompt and named and done
+        finished = prompt and named and done and not awaits_waagent(boot)
         patience = max(8, pace / 3) if finished else max(10, pace)
     return min(last + patience, boot.started + timeout)
 
 
-def lost(boot: VMBoot) -> bool:
-    """Whether it has no root file system, or another reason to wait for its administrator."""
-    return not boot.prompt_time and not boot.dhcp and bool(NO_ROOT.search(boot.console))
+def stranded(boot: VMBoot) -> bool:
+    """Whether it waits for its administrator: a disk is not there, under the name it looks for."""
+    return not boot.prompt_time and bool(STRANDED.search(boot.console))
 
 
 def seconds(boot: VMBoot, at: float) -> str:
@@ -194,18 +196,14 @@ def can_be_uploaded(image: Image) -> Outcome:
 
 def asks_dhcp(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     setup, first, what = boot.vm.setup, boots[0], "no DHCP request"
-    here, state = boot.interface or "unknown (its console does not tell it)", FAIL
+    here, state = boot.interface or "unknown (its console tells it if it is not `quiet`)", FAIL
     if boot.dhcp:
         on = f", on {boot.interface}" if boot.interface else ""
         return PASS, seconds(boot, boot.dhcp[0].time) + on
-    if lost(boot):
-        reason = "the system does not find its root file system, or another disk: see its console"
-        if boot is first:  # Azure's has another driver and another name
-            state, reason = UNSURE, f"{reason}; QEMU's is virtio, /dev/vda"
-        elif setup.generation == 2:
-            reason = "it is the disk driver: VM 2 has an NVMe disk, as Azure's newer sizes; the "
-            reason += "initramfs lacks the driver nvme, or something names a disk by /dev/vda"
-        return state, f"{what} within {boot.seconds:.0f} s: {reason}"
+    if stranded(boot) and boot is not first and setup.generation == 2:
+        reason = "it is the disk driver: VM 2 has an NVMe disk, as Azure's newer sizes; the "
+        reason += "initramfs lacks the driver nvme, or something names a disk by /dev/vda"
+        return FAIL, f"{what} within {boot.seconds:.0f} s: {reason}"
     if boot.stage == "firmware" and not boot.read_bytes:
         state, reason = UNSURE, "the firmware has not read the disk: is this machine too busy?"
     elif boot.stage == "firmware" and boot.read_bytes < LOADED:
@@ -214,11 +212,10 @@ def asks_dhcp(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
         reason = f"its console says nothing: set console={CONSOLES[setup.architecture]}, try again"
         state = UNSURE
     elif boot is not first:
-        name = f", {first.interface}," if first.interface else ""
-        reason = (
-            f"it is the interface: the configuration is bound to VM 1's{name} by name or slot; "
-        )
-        reason += f"here it is {here}, and eth0 on Azure"
+        bound = f"VM 1's, {first.interface or 'unknown'}, by name or slot; here it is {here}"
+        if first.interface == boot.interface != "":
+            bound = "the PCI slot of VM 1's (by Path=, or as enp0s3)"
+        reason = f"it is the interface: the configuration is bound to {bound}, and eth0 on Azure"
     else:
         reason = "there is no DHCP client, or its configuration is bound to another MAC address"
         if boot.interface == "eth0":
@@ -232,7 +229,10 @@ def asks_dhcp(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
 def absent(what: str, reason: str, boot: VMBoot, state: str = FAIL) -> Outcome:
     """That WHAT did not come: because the VM ended early or is not ready yet, or for REASON."""
     idle = boot.started + boot.seconds - boot.active_time
-    if boot.fate:
+    if stranded(boot):  # Azure's disk has another driver and another name
+        state, reason = UNSURE, "the system does not find its root file system, or another disk: "
+        reason += "see its console; QEMU's disk is virtio, /dev/vda"
+    elif boot.fate:
         state, reason = FAIL, boot.fate
     elif not boot.prompt_time and idle < max(30, boot.seconds / 4):
         state, reason = UNSURE, "it was still booting when the time ran out: raise --timeout"
@@ -245,8 +245,10 @@ def reaches_azure(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if not boot.dhcp:
         return NOT_REACHED
     what = "it asks DHCP but sends no request"
-    reason = "its unit is not enabled or cannot start, or a firewall blocks it: see its console"
-    return absent(what, reason, boot)
+    reason = (
+        "its unit is not enabled or cannot start, or a firewall blocks it: see its console, or "
+    )
+    return absent(what, f"{reason}what tests.check says of its tree", boot)
 
 
 def reports_ready(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
@@ -301,7 +303,8 @@ def speaks(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if boot.read_bytes < LOADED and not boot.requests:
         return NOT_REACHED
     console = CONSOLES[boot.vm.setup.architecture]
-    return FAIL, f"Azure's boot diagnostics will be empty: the kernel needs console={console}"
+    needs = f"the kernel needs console={console}, and not `quiet`"
+    return FAIL, f"Azure's boot diagnostics will be empty: {needs}"
 
 
 def is_the_only_agent(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
@@ -313,9 +316,16 @@ def is_the_only_agent(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     starts = any(agent(r) == DAEMON for each in boots for r in reports(each, b"NotReady"))
     if DAEMON in agents and len(agents) == 2 and ("cloud-init" in agents or not starts):
         return PASS, f"{agents[0]}; walinuxagent leaves provisioning to it"
+    if DAEMON not in agents and "cloud-init" not in agents and any(map(awaits_waagent, boots)):
+        return UNSURE, "walinuxagent runs, too, and has not said yet what it will do"
     if len(agents) > 1:
         return FAIL, f"{len(agents)} agents talk to Azure: {', '.join(agents)}; leave one enabled"
     return PASS, agents[0] if agents else "it does not name itself"
+
+
+def awaits_waagent(boot: VMBoot) -> bool:
+    """Whether waagent runs, as its console tells, and has not sent a request yet."""
+    return "INFO Daemon" in boot.console and DAEMON not in map(agent, boot.requests)
 
 
 def agent(request: Request) -> str:
@@ -334,7 +344,8 @@ def agent(request: Request) -> str:
 def stays_up(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     for each in boots:
         if each.fate:
-            return FAIL, f"{each.fate}, {seconds(each, each.active_time)}"
+            state = UNSURE if stranded(each) and each is boots[0] else FAIL
+            return state, f"{each.fate}, {seconds(each, each.active_time)}"
     return PASS, ""
 
 
@@ -342,6 +353,8 @@ def second_vm_is_the_same(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if len(boots) < 2:
         return NOT_REACHED
     for title, check in VM_CHECKS:
+        if check is speaks:  # only VM 2 is turned off by its power button, and says so
+            continue
         first, second = (check(each, boots) for each in boots[:2])
         if first[0] != second[0]:
             state = UNSURE if second[0] == UNSURE else FAIL
@@ -432,12 +445,16 @@ def parse_command_line(arguments: List[str]) -> argparse.Namespace:
     option("--generation", type=int, choices=(1, 2), default=0, help=generation)
     option("--name", default="rehearsal", help="of the scale set [rehearsal]")
     timeout = "for each boot [{kvm}; emulated {tcg}]".format(**TIMEOUTS)
+    option("--emulate", action="store_true", help="do without KVM")
     option("--timeout", type=int, default=0, metavar="S", help=timeout)
     option("--faults", action="store_true", help="Azure is absent, then rejects, then recovers")
-    option("--console", type=Path, metavar="FILE", help="write what the VMs say there")
+    says = "write what the VMs say there, to a new or empty file or a terminal"
+    option("--console", type=Path, metavar="FILE", help=says)
     options = parser.parse_args(arguments)
     if not re.match(NAME_PREFIX, options.name):
         parser.error(f"argument --name: not the beginning of a hostname: {options.name!r}")
+    if options.timeout < 0:
+        parser.error("argument --timeout: less than nothing")
     return options
 
 
@@ -463,11 +480,12 @@ def main(arguments: List[str]) -> int:
             options.console = open_console(options.console)
         image = inspect(options.image)
         if image.read(0, 512)[510:] != b"\x55\xaa":
-            reason = f"its first sector has no boot signature ({image.format})"
+            reason = f"the first sector of this {image.format} has no boot signature; expected a "
+            reason += "disk: raw, qcow2, vhd or vhdx"
             raise VMError(f"{options.image}: nothing to boot: {reason}")
         tell(f"{printable(str(options.image))}: {image.format}, {image.size / MIB:,} MiB")
         if not image.obstacle:
-            setup, how = find_setup(image, options.generation)
+            setup, how = find_setup(image, options.generation, options.emulate)
             tell(how)
             options.timeout = options.timeout or TIMEOUTS[setup.accelerator]
             boot_image(options, setup, boots)

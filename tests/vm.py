@@ -347,7 +347,7 @@ class Setup(NamedTuple):
         raise VMError(f"there is no EFI firmware; in Debian: {PACKAGES}")
 
 
-def find_setup(image: Image, generation: int) -> Tuple[Setup, str]:
+def find_setup(image: Image, generation: int, emulate: bool = False) -> Tuple[Setup, str]:
     """How to run the VMs, and a line that tells it; raises VMError if it cannot be done.
 
     If GENERATION is 0, the disk decides, or else it is 2, which is Azure's default.
@@ -360,8 +360,9 @@ def find_setup(image: Image, generation: int) -> Tuple[Setup, str]:
     run_tool(f"qemu-system-{architecture}", "--version")  # raises VMError if there is none
     setup = Setup(generation, "kvm", succeeds(*UNSHARE, "true"), architecture)
     how = "KVM"
-    if not runs_guest(setup, KVM_TIMEOUT):
-        setup, how = setup._replace(accelerator="tcg"), "emulated, as KVM does not work here"
+    if emulate or not runs_guest(setup, KVM_TIMEOUT):
+        setup, how = setup._replace(accelerator="tcg"), "emulated"
+        how += "" if emulate else ", as /dev/kvm cannot be used here"
     network = "a private network" if setup.private else "the guest can reach this machine's network"
     ways = [f"EFI on {each}" for each in sorted(loaders)] + ["BIOS"] * bios
     can = f"can boot by {' and '.join(ways) or 'neither EFI nor BIOS'}"
@@ -468,14 +469,14 @@ class VMBoot:
         self.stage = "firmware"  # then "kernel" and "system", as far as the console tells
         self.interface = ""  # the name of its NIC, if the console tells
         self.fate = ""  # why it has ended by itself, if it has
-        self.failure = ""  # of this machine, as QEMU reports it
+        self.failure = ""  # of this machine
         self.read_bytes = 0  # of its disk
         self.active_time = time.monotonic()  # when it last did something
-        self.prompt_time = 0.0  # when the console last asked for a login; 0 if it did not
+        self.prompt_time = 0.0  # when the console first asked for a login; 0 if it did not
         self.seconds = 0.0  # that the power was on, once it is off
         self.off = threading.Event()
         self._rest = b""  # of the console: the beginning of a line
-        self._stopping = False  # it was told to end
+        self._order_to_end = ""  # as people are told of it
         self._changed = threading.Condition()
         self._errors = Path(vm.path("errors"))  # of QEMU
         vm.azure.on_request = self._record
@@ -512,7 +513,7 @@ class VMBoot:
 
     def __exit__(self, *args: Any) -> None:
         """Cut the power; what the VM has written to its disk stays."""
-        self._stopping = True
+        self._order_to_end = "power cut: nothing more is awaited"
         self._order("quit")
         if not self.off.wait(10):
             self._process.kill()
@@ -532,20 +533,22 @@ class VMBoot:
             return condition()
 
     def press_power_button(self) -> None:
-        self._stopping = True
+        self._order_to_end = "off"
         self._order("system_powerdown")
 
     def check(self) -> None:
         """Raise VMError if this machine has failed the VM; have QEMU tell what it has read."""
         self._order("query-blockstats")
         # An NVMe disk does not tell that writing has failed.
-        if not self.failure and shutil.disk_usage(self.vm.path(".")).free < MIB:
+        if shutil.disk_usage(self.vm.path(".")).free < MIB:
             self.failure = "No space left on device"
-        if self.failure:
-            raise VMError(f"{self.failure}: {tempfile.gettempdir()} (TMPDIR chooses another)")
+        if "space" in self.failure:
+            self.failure += f": {tempfile.gettempdir()} (TMPDIR chooses another)"
         if self._process.poll():
-            errors = self._errors.read_text(encoding="utf-8", errors="replace").splitlines()
-            raise VMError(errors[-1] if errors else f"QEMU: {self._process.returncode}")
+            self.failure = f"QEMU ended with status {self._process.returncode}"
+        if self.failure:
+            errors = printable(self._errors.read_bytes().partition(b"\n")[0])
+            raise VMError(f"{self.failure}{errors and ': '}{errors}")
 
     def _order(self, command: str) -> None:
         """Give QEMU a command; it may be gone already."""
@@ -571,7 +574,7 @@ class VMBoot:
                 *lines, self._rest = (self._rest + block).split(b"\n")
                 if len(self._rest) > LONGEST_LINE:
                     lines, self._rest = [*lines, self._rest], b""
-                for text in (printable(line.rstrip(b"\r")) for line in lines):
+                for text in (printable(line.rstrip(b"\r").split(b"\r")[-1]) for line in lines):
                     self.lines.append(text)
                     self._look_at(text)
                     self._tell("console", text)
@@ -621,13 +624,17 @@ class VMBoot:
                 self._tell("VM", "reset")
             elif event == "BLOCK_IO_ERROR" and data.get("operation") == "write":
                 self.failure = str(data.get("reason"))
+            elif event == "STOP":  # by a failing disk, or by KVM
+                self.failure = self.failure or "QEMU has stopped the VM"
+            elif event == "SHUTDOWN" and data.get("reason") == "host-signal":
+                self.failure = "QEMU was told to end"
             for device in message.get("return") or ():
                 if device["device"] == "disk" and device["stats"]["rd_bytes"] > self.read_bytes:
                     self.read_bytes = device["stats"]["rd_bytes"]
                     self.active_time = time.monotonic()
         self._process.wait()
         self.seconds = time.monotonic() - self.started
-        if not self._stopping:
+        if not self._order_to_end:
             self.fate = self.fate or "the VM turned itself off"
         self.off.set()
-        self._tell("VM", "off")
+        self._tell("VM", self._order_to_end or "off")

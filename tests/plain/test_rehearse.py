@@ -90,6 +90,7 @@ class TextTest(unittest.TestCase):
 
 
 READY = b"<Health><State>Ready</State></Health>"
+WAAGENT_SAYS = "2026-11-27T10:53:51Z INFO Daemon Daemon Run daemon"
 SOUND_REQUESTS = "goalstate 200\nhealth 200\ncompute 200"
 
 
@@ -155,6 +156,12 @@ class VerdictTest(unittest.TestCase):
         extensions = FakeBoot("golden myset000000", SOUND_REQUESTS, waagent)
         rivals = FakeBoot("golden myset000000", SOUND_REQUESTS, waagent, starts)
         late_rival = FakeBoot("myset000000", "", waagent, starts)
+        with_dhcp = FakeBoot("golden", console=lost, prompt_time=0)
+        panics = FakeBoot(console=lost, prompt_time=0, fate="Kernel panic - not syncing")
+        slot = FakeBoot("golden myset000000", SOUND_REQUESTS, interface="eth0")
+        slot2 = FakeBoot(interface="eth0")
+        sound_but_mute = FakeBoot("golden myset000000", SOUND_REQUESTS, stage="firmware")
+        rival = FakeBoot("golden myset000000", SOUND_REQUESTS, console=WAAGENT_SAYS)
         both, renamed = [sound, sound], FakeBoot(interface="ens9")
         quiet = FakeBoot("golden myset000000", SOUND_REQUESTS, interface="")
         cases: Any = [
@@ -168,8 +175,13 @@ class VerdictTest(unittest.TestCase):
             ([FakeBoot(interface="eth0")], ["FAIL asks DHCP: .* another interface name th"]),
             ([no_root], [r"\? asks DHCP: .* does not find its root .* virtio"]),
             ([sound, no_root], ["FAIL second VM .*: asks DHCP: .* it is the disk driver"]),
+            ([slot, slot2], ["FAIL second .* bound to the PCI slot"]),
+            ([with_dhcp], [r"\? reaches Azure: .* does not find .* another disk"]),
+            ([panics], [r"\? asks DHCP: .* find its root", r"\? stays up: Kernel panic"]),
+            ([*both[:1], sound_but_mute], []),
+            ([rival], [r"\? is the only agent: walinuxagent runs, too"]),
             ([sound, renamed], ["FAIL second .* VM 1's, ens3.* ens9, and eth0"]),
-            ([quiet, FakeBoot(interface="")], ["FAIL second .* VM 1's by .* is unknown"]),
+            ([quiet, FakeBoot(interface="")], ["FAIL second .* VM 1's, unknown, .* is unknown"]),
             ([FakeBoot(stage="firmware", read_bytes=0)], [r"\? asks DHCP: .* this machine too b"]),
             ([FakeBoot(stage="firmware", read_bytes=9)], ["FAIL asks DHCP: .*no kernel"]),
             ([golden], ["FAIL reaches Azure: .* unit is not enabled .* firewall"]),
@@ -288,11 +300,12 @@ class VerdictTest(unittest.TestCase):
 
     def test_boot_is_watched_as_long_as_more_is_to_be_expected(self) -> None:
         """It began at 100 s, asked DHCP at 110 s, Azure at 120 s."""
-        for second, name, asked, prompt, until in (
+        for second, name, asked, prompt, until, *console in (
             (False, "golden", "", 0, 250),
             (False, "", "", 130, 160),
             (False, "myset000000", SOUND_REQUESTS, 0, 140),
             (False, "myset000000", SOUND_REQUESTS, 139, 147),
+            (False, "myset000000", SOUND_REQUESTS, 139, 159, WAAGENT_SAYS),
             (False, "golden", "", 104, 120),
             (False, "golden", "", 130, 160),
             (True, "golden", "", 0, 250),
@@ -300,11 +313,13 @@ class VerdictTest(unittest.TestCase):
             (True, "myset000000", "", 124, 132),
         ):
             with self.subTest(second=second, name=name, asked=asked, prompt=prompt):
-                boot: Any = FakeBoot(name, asked, prompt_time=prompt)
+                boot: Any = FakeBoot(name, asked, prompt_time=prompt, console="\n".join(console))
                 boots = [boot] * (3 if second else 1)
                 self.assertEqual(rehearse.deadline(boots, 200), until)
                 self.assertEqual(rehearse.deadline(boots, 5), 105)
-                if second or asked:  # it is done, and waagent asks again and again
+                if (
+                    second or asked
+                ) and not console:  # it is done, and waagent asks again and again
                     waagent = request("goalstate", "200", {"x-ms-agent-name": "WALinuxAgent"})
                     boot.requests.append(waagent._replace(time=135))
                     self.assertEqual(rehearse.deadline(boots, 200), until)
@@ -420,14 +435,18 @@ class RehearseCommandTest(unittest.TestCase):
             output, _ = process.communicate(timeout=30)
             self.assertEqual((process.returncode, output), (128 + number, "Stopped.\n"))
 
-    @unittest.skipUnless(shutil.which("qemu-system-x86_64"), "needs QEMU")
-    def test_signal_ends_it_while_a_vm_runs(self) -> None:
+    def start_endless_vm(self) -> "subprocess.Popen[str]":
         endless = b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa"  # jmp $
         image = self.file("endless", endless.ljust(MIB, b"\0"))
         process = self.start(image, path=os.environ["PATH"])
         assert process.stdout
         while "first boot" not in process.stdout.readline():
             self.assertIsNone(process.poll())
+        return process
+
+    @unittest.skipUnless(shutil.which("qemu-system-x86_64"), "needs QEMU")
+    def test_signal_ends_it_while_a_vm_runs(self) -> None:
+        process = self.start_endless_vm()
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=30)
         self.assertEqual((process.returncode, errors), (128 + signal.SIGTERM, ""))
@@ -444,6 +463,18 @@ class RehearseCommandTest(unittest.TestCase):
             output, _ = self.start(image, path=os.environ["PATH"]).communicate(timeout=60)
             self.assertRegex(output, f"FAIL +stays up +the VM {fate}")
             self.assertTrue(output.endswith("It will not provision.\n"), output)
+
+    @unittest.skipUnless(shutil.which("qemu-system-x86_64"), "needs QEMU")
+    def test_qemu_that_is_told_to_end_says_nothing_of_the_image(self) -> None:
+        process = self.start_endless_vm()
+        children, name, qemu = Path(f"/proc/{process.pid}/task/{process.pid}/children"), "", ""
+        while not name.startswith("qemu"):  # at first it is a copy of its parent
+            qemu = children.read_text().strip()
+            name = Path(f"/proc/{qemu}/comm").read_text() if qemu else ""
+        os.kill(int(qemu), signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+        self.assertEqual(process.returncode, 2)
+        self.assertRegex(errors, "^python3 -m tests.rehearse: error: QEMU ")
 
 
 if __name__ == "__main__":
