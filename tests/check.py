@@ -136,7 +136,7 @@ def mac_address(image: ImageFiles) -> Iterator[str]:
 
 
 def accelerated_networking(image: ImageFiles) -> Iterator[str]:
-    """The second device, a PCI one with the MAC_PATTERN address of eth0, is left alone."""
+    """The second device, a PCI one with the MAC address of eth0, is left alone."""
     name = "eth1" if "net.ifnames=0" in image.command_line else "enP1s1"
     second = (name, "mlx5_core")
     rules = [r for r in image.text("udev/rules.d/*.rules").split("\n") if re.search(SECOND, r)]

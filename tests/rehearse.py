@@ -23,7 +23,7 @@ CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
 TIMEOUTS = {"kvm": 180, "tcg": 600}  # seconds, for each boot
 
 NAME_PREFIX = r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z"  # six digits follow: hostname(7)
-POWER_OFF_TIMEOUT = 20  # seconds; long enough for a journal of 5 s to reach the disk
+POWER_OFF_TIMEOUT = 20  # seconds; ext4 writes its journal every 5 s
 LOADED = 16 * MIB  # has been read from the disk once a kernel is loaded
 CONSOLE_LINES = 6  # of trouble, and of the end, that are shown with a verdict
 STRANDED = re.compile(  # it waits for its administrator

@@ -37,7 +37,7 @@ ROOT_SIZE = DISK_SIZE - ROOT_START - 1  # MiB; the last one is for the second co
 # Under emulation on a busy machine, the check of the timer can end in a panic.
 PARAMETERS = "console=ttyS0 no_timer_check"
 
-# systemd-networkd as in the README: Azure's and QEMU's interface, with IPv6 link-local on.
+# systemd-networkd for Azure's interface and QEMU's.
 NETWORK_FILE = "[Match]\nDriver=hv_netvsc virtio_net\n\n[Network]\nDHCP=ipv4\n"
 
 
@@ -62,7 +62,7 @@ def missing_tools() -> Sequence[str]:
 class Tree:
     """A copy of an image's tree, to be changed and then made into disks.
 
-    DISK_PACKAGES is added to the kernel, systemd and D-Bus; each set of packages is built once. The
+    PACKAGES is added to the kernel, systemd and D-Bus; each set of packages is built once. The
     kernel is bookworm's in any SUITE: under emulation trixie's crashes in half of the boots.
     """
 

@@ -313,6 +313,8 @@ class RehearsalTest(VMTest):
 
     def test_each_image_gets_its_verdict(self) -> None:
         cases = [case for case in CASES if ONLY in (None, case.prepare.__name__)]
+        self.assertTrue(cases, f"BOOT_CASE={ONLY}")
+        self.assertLessEqual(set(REHEARSED), {case.prepare.__name__ for case in CASES})
         with self.unvisited_port() as port, ThreadPoolExecutor(2) as pool:
             results = [pool.submit(self.build_and_rehearse, case, port) for case in cases]
             for case, result in zip(cases, results):

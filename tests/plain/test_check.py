@@ -168,6 +168,7 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (RHEL, {f"{KEYFILE}.bak": "[connection]\nautoconnect=no\n", KEYFILE: "", DEFAULT: ""}),
     (UBUNTU, {"etc/cloud/cloud.cfg.d/90_dpkg.cfg": "# a\n---\ndatasource_list: [None]\n"}),
     (UBUNTU, {GRUB: UBUNTU[GRUB].replace("LABEL=root", "/dev/vda/loop0")}),  # of LVM
+    (UBUNTU, {GRUB: UBUNTU[GRUB].replace("root=", "root=/dev/loop0p1 ro root=")}),
 ]
 
 # A distribution, what breaks it, and what is said: of the first file, unless another is named.

@@ -1,9 +1,14 @@
 #!/bin/sh
 # Make a disk of Debian that boots in VMs of both generations, DIRECTORY/disk.raw, and disk.vhd. Its
-# boot chain is signed for Secure Boot, which we did not try. Needs root, and the packages mmdebstrap, fdisk, dosfstools, e2fsprogs and qemu-utils.
+# boot chain is signed for Secure Boot, which we did not try. Needs root, and the packages mmdebstrap,
+# fdisk, dosfstools, mtools, e2fsprogs and qemu-utils.
 set -eu
 directory=${1:?usage: mmdebstrap.sh DIRECTORY [SUITE]} suite=${2:-bookworm}
 recipes=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+[ -s "$recipes/authorized_keys" ] || {
+    echo "mmdebstrap.sh: $recipes/authorized_keys: put the public keys of azureuser there" >&2
+    exit 1
+}
 mkdir -p "$directory"
 directory=$(CDPATH='' cd -- "$directory" && pwd)
 tree=$directory/tree disk=$directory/disk.raw root=$directory/root
