@@ -38,7 +38,7 @@ KEYGEN = "ssh-keygen|sshd-keygen|dpkg-reconfigure .*openssh-server"
 HEALTH = "comp=health|/provisioning/health"  # to what an agent of another kind reports
 DRIVERS = ("hv_netvsc", "hv_storvsc", "nvme")
 # Disks that no VM on Azure has, as a boot loader names them that was set up without udev.
-BUILDERS_DISK = r"root=/dev/((mapper/)?loop\d\S*|nbd\d\S*|x?vd[a-z]\d*)\Z"
+BUILDERS_DISK = r"(root=)?/dev/((mapper/)?loop\d\S*|nbd\d\S*|x?vd[a-z]\d*)\Z"
 # Without either, as autopkgtest's images are, no interface is renamed.
 NAMING = ("udev/rules.d/80-net-setup-link.rules", "systemd/network/99-default.link")
 SECOND = r"mlx|\bmana\b|hv_pci|SRIOV"  # in a rule for the second device of accelerated networking
@@ -231,6 +231,14 @@ def boots(image: ImageFiles) -> Iterator[str]:
         for word in [word for word in line.split() if word.startswith("root=")][-1:]:  # it counts
             if re.match(BUILDERS_DISK, word):
                 yield f"{file}: {word} is the builder's disk: name it by root=UUID="
+    for line in image.read("/etc/fstab").splitlines():
+        disk, _, kind, flags, *_ = (*line.split(), "", "", "", "")
+        if (
+            re.match(BUILDERS_DISK, disk)
+            and kind != "swap"
+            and not re.search("nofail|noauto", flags)
+        ):
+            yield f"/etc/fstab: {disk} is the builder's disk: name it by UUID="
     arm = image.exists("/lib/ld-linux-aarch64.so.1")
     console = "console=ttyAMA0" if arm else "console=ttyS0"
     if image.boot_loaders and not any(w.startswith(console) for w in image.command_line):

@@ -6,6 +6,7 @@ provisioning agent. Only QEMU is needed: no privileges, no network.
 """
 
 import argparse
+import contextlib
 import os
 import queue
 import re
@@ -23,6 +24,9 @@ CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
 TIMEOUTS = {"kvm": 180, "tcg": 600}  # seconds, for each boot
 
 NAME_PREFIX = r"[A-Za-z0-9][A-Za-z0-9-]{0,56}\Z"  # six digits follow: hostname(7)
+# Seconds without a word from which something is taken to be missing; systemd-networkd-wait-online,
+# after which an agent may start, waits 120.
+SILENCE = 150
 POWER_OFF_TIMEOUT = 20  # seconds; ext4 writes its journal every 5 s
 LOADED = 16 * MIB  # has been read from the disk once a kernel is loaded
 CONSOLE_LINES = 6  # of trouble, and of the end, that are shown with a verdict
@@ -44,8 +48,9 @@ DAEMON = "walinuxagent"  # which talks to the WireServer for as long as the VM r
 CLEAR = "\r\x1b[K" if os.isatty(1) else ""  # the line that shows that we are alive
 
 
-def tell(text: str) -> None:
-    os.write(1, f"{CLEAR}{text}\n".encode("utf-8", "replace"))
+def tell(*lines: str, file: int = 1) -> None:
+    text = "\n".join(map(printable, lines))
+    os.write(file, f"{CLEAR}{text}\n".encode("utf-8", "replace"))
 
 
 def add_faults(azure: FakeAzure) -> None:
@@ -70,7 +75,7 @@ def boot_image(options: argparse.Namespace, setup: Setup, boots: List[VMBoot]) -
                 add_faults(vm.azure)
             for title in ("first boot", "second boot")[: number + 1]:
                 identity = f"MAC address {vm.mac}, name {vm.azure.computer_name}"
-                tell(f"\nVM {number + 1}, {title} ({identity})")
+                tell("", f"VM {number + 1}, {title} ({identity})")
                 with vm.boot() as boot:
                     boots.append(boot)
                     watch(boots, options)
@@ -130,7 +135,7 @@ def shut_down(boots: List[VMBoot], options: argparse.Namespace) -> None:
 
 def reports(boot: VMBoot, state: bytes) -> List[Request]:
     """The reports of STATE, Ready or NotReady, that Azure accepted, in XML or in JSON."""
-    pattern = rb'(>|"state"\s*:\s*")\s*' + state + rb'\s*[<"]'
+    pattern = rb'(State>|"state"\s*:\s*")\s*' + state + rb'\s*[<"]'
     health = [r for r in boot.requests if r.resource in ("health", "provisioning")]
     return [r for r in health if r.status in range(200, 300) and re.search(pattern, r.body)]
 
@@ -156,7 +161,7 @@ def deadline(boots: List[VMBoot], timeout: float) -> float:
     ready, named, prompt = ready_time(boot), named_time(boot), boot.prompt_time
     if not prompt and not (named if second else ready):
         last = boot.active_time
-        patience = max(10 if stranded(boot) else 120, (last - boot.started) / 2)
+        patience = max(10 if stranded(boot) else SILENCE, (last - boot.started) / 2)
     else:
         done = ready or second  # but a daemon goes on asking
         asked = [each for each in boot.requests if not done or agent(each) != DAEMON]
@@ -165,6 +170,8 @@ def deadline(boots: List[VMBoot], timeout: float) -> float:
         pace = (last if second else ready or prompt) - boot.started
         finished = prompt and named and done and not awaits_waagent(boot)
         patience = max(8, pace / 3) if finished else max(10, pace)
+        if not boot.dhcp or not done:
+            patience = max(SILENCE, pace)
     return min(last + patience, boot.started + timeout)
 
 
@@ -200,10 +207,6 @@ def asks_dhcp(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if boot.dhcp:
         on = f", on {boot.interface}" if boot.interface else ""
         return PASS, seconds(boot, boot.dhcp[0].time) + on
-    if stranded(boot) and boot is not first and setup.generation == 2:
-        reason = "it is the disk driver: VM 2 has an NVMe disk, as Azure's newer sizes; the "
-        reason += "initramfs lacks the driver nvme, or something names a disk by /dev/vda"
-        return FAIL, f"{what} within {boot.seconds:.0f} s: {reason}"
     if boot.stage == "firmware" and not boot.read_bytes:
         state, reason = UNSURE, "the firmware has not read the disk: is this machine too busy?"
     elif boot.stage == "firmware" and boot.read_bytes < LOADED:
@@ -229,9 +232,15 @@ def asks_dhcp(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
 def absent(what: str, reason: str, boot: VMBoot, state: str = FAIL) -> Outcome:
     """That WHAT did not come: because the VM ended early or is not ready yet, or for REASON."""
     idle = boot.started + boot.seconds - boot.active_time
-    if stranded(boot):  # Azure's disk has another driver and another name
+    if stranded(boot) and not boot.vm.number:  # Azure's disk has another driver and another name
         state, reason = UNSURE, "the system does not find its root file system, or another disk: "
         reason += "see its console; QEMU's disk is virtio, /dev/vda"
+    elif stranded(boot) and boot.vm.setup.generation == 1:
+        state, reason = FAIL, "something names a disk by /dev/vda, which is another one in VM 2, "
+        reason += "and /dev/sda or /dev/sdb on Azure: name it by its UUID"
+    elif stranded(boot):
+        state, reason = FAIL, "it is the disk driver: VM 2 has an NVMe disk, as Azure's newer "
+        reason += "sizes; the initramfs lacks nvme, or something names a disk by /dev/vda"
     elif boot.fate:
         state, reason = FAIL, boot.fate
     elif not boot.prompt_time and idle < max(30, boot.seconds / 4):
@@ -473,7 +482,8 @@ def main(arguments: List[str]) -> int:
     """Rehearse; return the exit status."""
     options = parse_command_line(arguments)
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(stop, lambda number, frame: SIGNALS.append(number))
+        if signal.getsignal(stop) != signal.SIG_IGN:  # nohup
+            signal.signal(stop, lambda number, frame: SIGNALS.append(number))
     boots: List[VMBoot] = []
     try:
         if options.console:
@@ -483,23 +493,24 @@ def main(arguments: List[str]) -> int:
             reason = f"the first sector of this {image.format} has no boot signature; expected a "
             reason += "disk: raw, qcow2, vhd or vhdx"
             raise VMError(f"{options.image}: nothing to boot: {reason}")
-        tell(f"{printable(str(options.image))}: {image.format}, {image.size / MIB:,} MiB")
+        tell(f"{options.image}: {image.format}, {image.size / MIB:,} MiB")
         if not image.obstacle:
             setup, how = find_setup(image, options.generation, options.emulate)
             tell(how)
             options.timeout = options.timeout or TIMEOUTS[setup.accelerator]
             boot_image(options, setup, boots)
         status, lines = verdict(image, boots)
-        tell("\n".join(lines))
+        tell(*lines)
         return status
     except KeyboardInterrupt:
-        tell("\n".join([*(excerpt(boots[-1]) if boots else ()), "Stopped."]))
+        tell(*(excerpt(boots[-1]) if boots else ()), "Stopped.")
         return 128 + SIGNALS[0]
     except BrokenPipeError:  # nobody reads the output
         return 128 + signal.SIGPIPE
-    except (OSError, VMError) as error:
-        reason = re.sub(r"\A\[Errno \d+\] ", "", printable(str(error)))
-        sys.stderr.write(f"{CLEAR}python3 -m tests.rehearse: error: {reason}\n")
+    except (OSError, ValueError, VMError) as error:
+        reason = re.sub(r"\A\[Errno \d+\] ", "", str(error))
+        with contextlib.suppress(OSError):  # it may be closed, or its disk be full
+            tell(f"python3 -m tests.rehearse: error: {reason}", file=2)
         return 2
 
 

@@ -32,8 +32,8 @@ from azure_provision import AZURE_CHASSIS_ASSET_TAG, IMDS, WIRESERVER
 from tests.fake_azure import Address, FakeAzure, Request, describe
 
 # QEMU's user-mode network covers both of the platform's addresses. A connection to either starts a
-# relay, which hands it over to the fake and ends.
-NETWORK = "net=168.0.0.0/7,host=168.0.0.2,dhcpstart=168.0.0.15,dns=168.0.0.3,ipv6=off"
+# relay, which hands it over to the fake and ends. Nothing else can be reached.
+NETWORK = "net=168.0.0.0/7,host=168.0.0.2,dhcpstart=168.0.0.15,ipv6=off,restrict=on"
 SERVICES = ((WIRESERVER, 80), (WIRESERVER, 32526), (IMDS, 80))  # with waagent's HostGAPlugin
 RELAY = """\
 import socket, sys
@@ -42,10 +42,6 @@ socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendmsg(
 )  # the file descriptor 0, in four bytes
 """
 
-# Runs a command in a network namespace of its own, with only a loopback interface. root needs no
-# user namespace for that, where it would lose its access to the files of others.
-MAP_USER = () if os.geteuid() == 0 else ("--map-root-user",)
-UNSHARE = ("unshare", *MAP_USER, "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 MIB = 1024 * 1024  # bytes
@@ -100,11 +96,13 @@ class DhcpRequest(NamedTuple):
     name: str  # option 12, or else the first label of 81; empty if there is neither
 
 
-# What Azure's server answers besides: option 245 is the WireServer, 121 the routes (RFC 3442).
+# What Azure's server answers besides: options 3 and 6 are the router and the DNS server, which QEMU
+# leaves out as nothing can be reached, 245 the WireServer, 121 the routes (RFC 3442).
 ROUTER = socket.inet_aton("168.0.0.2")
 SERVER, METADATA = socket.inet_aton(WIRESERVER), socket.inet_aton(IMDS)
 ROUTES = ROUTER.join([b"\0", b"\x20" + SERVER, b"\x20" + METADATA, b""])
-AZURE_OPTIONS = b"\xf5\4" + SERVER + bytes([121, len(ROUTES)]) + ROUTES
+AZURE_OPTIONS = b"\3\4" + ROUTER + b"\6\4" + SERVER + b"\xf5\4" + SERVER
+AZURE_OPTIONS += bytes([121, len(ROUTES)]) + ROUTES
 
 
 def as_azure_answers(frame: bytes) -> bytes:
@@ -136,7 +134,7 @@ def parse_dhcp(frame: bytes, at: float = 0.0) -> Optional[DhcpRequest]:
     name, full = options.get(12), options.get(81, b"").ljust(4, b"\0")
     if not name:  # the other is in DNS's wire format or in ASCII
         name = full[4 : 4 + full[3]] if full[0] & 4 else full[3:].rstrip(b"\0")
-    return DhcpRequest(at, kind, printable(name))
+    return DhcpRequest(at, kind, printable(name.rstrip(b"\0")))
 
 
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[PX^_].*?\x1b\\|.)")
@@ -231,7 +229,9 @@ def efi_loaders(image: Image) -> Set[str]:
 
     Its short name is searched for, which only a directory has.
     """
-    table = image.read(0, 34 * 512)  # an MBR, and with it the usual place and size of a GPT
+    table = image.read(0, 34 * 512).ljust(
+        34 * 512, b"\0"
+    )  # an MBR, and with it the usual place and size of a GPT
     if table[450] == GPT:
         entries = (struct.unpack_from("<QQ", table, at) for at in range(1056, len(table), 128))
         parts = [(first, last - first + 1) for first, last in entries]
@@ -321,7 +321,6 @@ class Setup(NamedTuple):
 
     generation: int = 1
     accelerator: str = "tcg"  # or "kvm"
-    private: bool = True  # in a network of its own
     architecture: str = "x86_64"  # or "aarch64"
 
     def machine(self) -> List[str]:
@@ -358,15 +357,14 @@ def find_setup(image: Image, generation: int, emulate: bool = False) -> Tuple[Se
         raise VMError("Arm64 VMs are of generation 2")
     generation = generation or (1 if bios and not loaders else 2)
     run_tool(f"qemu-system-{architecture}", "--version")  # raises VMError if there is none
-    setup = Setup(generation, "kvm", succeeds(*UNSHARE, "true"), architecture)
+    setup = Setup(generation, "kvm", architecture)
     how = "KVM"
     if emulate or not runs_guest(setup, KVM_TIMEOUT):
         setup, how = setup._replace(accelerator="tcg"), "emulated"
         how += "" if emulate else ", as /dev/kvm cannot be used here"
-    network = "a private network" if setup.private else "the guest can reach this machine's network"
     ways = [f"EFI on {each}" for each in sorted(loaders)] + ["BIOS"] * bios
     can = f"can boot by {' and '.join(ways) or 'neither EFI nor BIOS'}"
-    return setup, f"generation {generation} (it {can}); {how}, {network}"
+    return setup, f"generation {generation} (it {can}); {how}"
 
 
 def runs_guest(setup: Setup, timeout: float) -> bool:
@@ -426,9 +424,15 @@ class VM(contextlib.ExitStack):
         )
         backing = ",".join(f"backing.{option}" for option in self.image.options)
         disk = f"if=none,id=disk,cache=unsafe,driver=qcow2,file.filename=disk,{backing}"
-        # The second VM is another size: of generation 2 those with NVMe disks only.
-        slot = "0x12" if self.number else "0x3"
-        driver = "nvme,serial=1" if self.number and setup.generation == 2 else "virtio-blk-pci"
+        # The second VM is another size: of generation 2 one with NVMe disks only, of generation 1
+        # one with another disk before it, as Azure's temporary disk can be.
+        slot, driver, temporary = "0x3", "virtio-blk-pci", []
+        if self.number:
+            slot, driver = "0x12", "nvme,serial=1"
+        if self.number and setup.generation == 1:
+            driver = "virtio-blk-pci"
+            drive = "if=none,id=temporary,driver=null-co,size=16M,read-zeroes=on"
+            temporary = ["-drive", drive, "-device", "virtio-blk-pci,drive=temporary"]
         return [
             *setup.machine(),
             *("-m", "1024", *(setup.firmware() if setup.generation == 2 else ())),
@@ -442,7 +446,13 @@ class VM(contextlib.ExitStack):
             *("-chardev", f"socket,id=new,fd={new}"),
             *("-object", "filter-mirror,id=from,netdev=net,queue=rx,outdev=sent"),
             *("-object", "filter-redirector,id=to,netdev=net,queue=tx,outdev=old,indev=new"),
-            *("-drive", f"{disk},werror=stop", "-device", f"{driver},drive=disk,bootindex=0"),
+            *temporary,
+            *(
+                "-drive",
+                f"{disk},werror=stop,rerror=stop",
+                "-device",
+                f"{driver},drive=disk,bootindex=0",
+            ),
             *("-drive", "if=none,id=dvd,media=cdrom,format=raw,readonly=on,file.filename=dvd"),
             *("-device", "virtio-scsi-pci", "-device", "scsi-cd,drive=dvd"),
             *(("-device", "VGA") if setup.architecture == "x86_64" else ()),
@@ -477,6 +487,7 @@ class VMBoot:
         self.off = threading.Event()
         self._rest = b""  # of the console: the beginning of a line
         self._order_to_end = ""  # as people are told of it
+        self._turned_off = False  # by the guest
         self._changed = threading.Condition()
         self._errors = Path(vm.path("errors"))  # of QEMU
         vm.azure.on_request = self._record
@@ -487,7 +498,7 @@ class VMBoot:
         inputs = (console, *(each.fileno() for each in theirs))
         with self._errors.open("wb") as errors:
             self._process: Any = subprocess.Popen(
-                [*(UNSHARE if vm.setup.private else ()), *vm.command(*inputs)],
+                vm.command(*inputs),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -544,8 +555,6 @@ class VMBoot:
             self.failure = "No space left on device"
         if "space" in self.failure:
             self.failure += f": {tempfile.gettempdir()} (TMPDIR chooses another)"
-        if self._process.poll():
-            self.failure = f"QEMU ended with status {self._process.returncode}"
         if self.failure:
             errors = printable(self._errors.read_bytes().partition(b"\n")[0])
             raise VMError(f"{self.failure}{errors and ': '}{errors}")
@@ -582,9 +591,9 @@ class VMBoot:
 
     def _look_at(self, text: str) -> None:
         """Learn from a line of the console, or from the beginning of one: a prompt has no end."""
-        panic = re.search("Kernel panic.*", text)
+        panic = re.search(r"(?:^|\] )(Kernel panic - not syncing.*)", text)
         if panic:
-            self.fate = panic.group()
+            self.fate = panic.group(1)
         named = re.search(r" (\S+): renamed from eth0| net\.ifnames=0", text)
         if named:  # the latter is on the kernel's command line
             self.interface = named.group(1) or "eth0"
@@ -613,28 +622,31 @@ class VMBoot:
     def _read_monitor(self) -> None:
         """Read QEMU's events; the stream ends with QEMU."""
         self._order("qmp_capabilities")
-        resets = 0
+        resets, last_reset = 0, 0.0
         for line in self._process.stdout:
             message = json.loads(line.decode("utf-8"))
             event, data = message.get("event"), message.get("data", {})
-            if event == "RESET" and data.get("guest"):
-                resets += 1
+            now = time.monotonic()
+            if event == "RESET" and data.get("guest") and now > last_reset + 1:  # one has several
+                resets, last_reset = resets + 1, now
                 if resets > MAX_RESETS:
                     self.fate = "the VM resets again and again"
                 self._tell("VM", "reset")
-            elif event == "BLOCK_IO_ERROR" and data.get("operation") == "write":
+            elif event == "BLOCK_IO_ERROR":
                 self.failure = str(data.get("reason"))
             elif event == "STOP":  # by a failing disk, or by KVM
                 self.failure = self.failure or "QEMU has stopped the VM"
-            elif event == "SHUTDOWN" and data.get("reason") == "host-signal":
-                self.failure = "QEMU was told to end"
+            elif event == "SHUTDOWN" and data.get("guest"):
+                self._turned_off = True
             for device in message.get("return") or ():
                 if device["device"] == "disk" and device["stats"]["rd_bytes"] > self.read_bytes:
                     self.read_bytes = device["stats"]["rd_bytes"]
                     self.active_time = time.monotonic()
         self._process.wait()
         self.seconds = time.monotonic() - self.started
-        if not self._order_to_end:
+        if self._turned_off and not self._order_to_end:
             self.fate = self.fate or "the VM turned itself off"
+        elif not self._order_to_end:
+            self.failure = self.failure or f"QEMU ended with status {self._process.returncode}"
         self.off.set()
         self._tell("VM", self._order_to_end or "off")

@@ -107,6 +107,16 @@ def panics(tree: Tree) -> None:
     add_service(tree.root, "panic", "sleep 5; echo c >/proc/sysrq-trigger")
 
 
+def reboots_once(tree: Tree) -> None:
+    sound(tree)
+    add_service(tree.root, "once", "[ -e /done ] || { : >/done; systemctl --force reboot; }")
+
+
+def names_vda(tree: Tree) -> None:
+    sound(tree)
+    tree.write("etc/fstab", "/dev/vda2 / ext4 defaults 0 1\n/dev/vda1 /boot vfat defaults 0 2\n")
+
+
 def no_nvme_driver(tree: Tree) -> None:
     sound(tree)
     tree.parameters += " initcall_blacklist=nvme_init"
@@ -205,7 +215,7 @@ CASES = [
     Case(
         sound,
         [
-            r"vpc, 1,024.0 MiB\ngeneration 1 \(it can boot by BIOS\); .*a private network",
+            r"vpc, 1,024.0 MiB\ngeneration 1 \(it can boot by BIOS\); ",
             "DHCP +REQUEST rehearsal000001",
             "networkctl reconfigure ens3",
             "asks DHCP .*, on ens3\n",
@@ -228,6 +238,8 @@ CASES = [
         ["FAIL +second VM .* it is the interface: .* VM 1's, ens3, .* here it is ens18, and eth0"],
         NOT,
     ),
+    Case(reboots_once, ["VM +reset"]),
+    Case(names_vda, ["FAIL +second VM .* names a disk by /dev/vda, which is another"], NOT),
     Case(panics, ["FAIL +stays up +Kernel panic.* sysrq"], INCORRECTLY),
     Case(names_eth0, [r"\? +asks DHCP .* eth0, .* ens3 here: add net.ifn"], UNTOLD, IFUPDOWN),
     Case(bound_to_mac_address, ["vhdx, ", r"\? +asks DHCP .* MAC address"], UNTOLD, format="vhdx"),

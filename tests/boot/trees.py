@@ -153,6 +153,7 @@ REHEARSED = {
     "bound_to_mac_address": "is for MACAddress=",
     "bound_to_ens3": "is for ens3",
     "no_dhcp_client": "no DHCP client is enabled",
+    "names_vda": "/etc/fstab: /dev/vda1 is the builder's disk",
     "not_enabled": f"{UNIT} is not enabled",
     "python_minimal": "http/client.py: missing",
     "two_agents": "also reports to Azure",

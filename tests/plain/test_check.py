@@ -68,7 +68,7 @@ NETWORKD_BY_PRESET: Files = {
     "usr/lib/systemd/system-preset/90.preset": "enable systemd-networkd.service\n",
     "etc/machine-id": "uninitialized\n",
 }
-WAAGENT = "etc/waagent.conf"
+WAAGENT, FSTAB = "etc/waagent.conf", "etc/fstab"
 UBUNTU: Files = {
     GENERATOR: "#!",
     NETPLAN: "network: # {a: [b\n  ethernets:\n    a:\n      match:\n        driver: hv_netvsc\n"
@@ -169,6 +169,10 @@ ALSO_SOUND: List[Tuple[Files, Files]] = [
     (UBUNTU, {"etc/cloud/cloud.cfg.d/90_dpkg.cfg": "# a\n---\ndatasource_list: [None]\n"}),
     (UBUNTU, {GRUB: UBUNTU[GRUB].replace("LABEL=root", "/dev/vda/loop0")}),  # of LVM
     (UBUNTU, {GRUB: UBUNTU[GRUB].replace("root=", "root=/dev/loop0p1 ro root=")}),
+    (
+        NETWORKD,
+        {FSTAB: "\n#\n/dev/vda2 none swap sw\n/dev/vdb1 /d ext4 nofail\n/dev/sr0 /c auto\n"},
+    ),
 ]
 
 # A distribution, what breaks it, and what is said: of the first file, unless another is named.
@@ -244,6 +248,7 @@ BROKEN: List[Tuple[Any, ...]] = [
     (RHEL, {"etc/machine-id": "0" * 32 + "\n"}, SHARED),
     (RHEL, {"var/lib/dbus/machine-id": "0" * 32}, SHARED),
     (UBUNTU, {WAAGENT: "Provisioning.Enabled=n\n"}, "mask wali", f"{LIB}/walinuxagent.service"),
+    (NETWORKD, {FSTAB: "/dev/vda1 /boot/efi vfat defaults 0 1\n"}, "/dev/vda1 is the builder's"),
     (NETWORKD, service("azure-init.service"), "mask azure-init.service"),
     (NETWORKD, service("afterburn-checkin.service"), "mask afterburn-checkin.service"),
     (NETWORKD, {**service("a.service", "/usr/bin/python3 -I /opt/a"), **REPORTS}, "mask a.service"),

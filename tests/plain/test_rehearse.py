@@ -43,6 +43,7 @@ class DhcpParserTest(unittest.TestCase):
         wire = (81, b"\5\0\0\3web\7example\0")
         for options, name in (
             ([(81, b"\1\0\0web.example.org")], "web.example.org"),
+            ([(12, b"web\0")], "web"),
             ([wire], "web"),
             ([wire, (12, b"web")], "web"),
             ([(12, b"\x1b[2Jweb\n\xff\x9b")], "web?\ufffd\ufffd"),
@@ -64,14 +65,17 @@ class DhcpParserTest(unittest.TestCase):
 
     def test_answers_get_the_options_of_azures_server(self) -> None:
         sent = frame((3, bytes(4)), kind=5)
-        answer = (sent[:34] + b"\0\x43\0\x44" + sent[38:]).ljust(590, b"\0")
+        ports_and_checksum = b"\0\x43\0\x44" + sent[38:40] + b"\xab\xcd"
+        answer = (sent[:34] + ports_and_checksum + sent[42:]).ljust(590, b"\0")
         changed = as_azure_answers(answer)
         self.assertEqual(len(changed), len(answer))
         end, routes = (
             answer.rindex(b"\xff"),
             bytes([121, 23, 0, 168, 0, 0, 2, 32, 168, 63, 129, 16]),
         )
-        self.assertEqual(changed[end : end + 18], bytes([245, 4, 168, 63, 129, 16]) + routes)
+        server = bytes([168, 63, 129, 16])
+        options = b"\3\4\xa8\0\0\2\6\4" + server + b"\xf5\4" + server + routes
+        self.assertEqual(changed[end : end + len(options)], options)
         self.assertEqual((changed[:40], changed[40:42]), (answer[:40], bytes(2)))
         self.assertEqual(as_azure_answers(sent), sent)
 
@@ -108,7 +112,7 @@ class FakeBoot:
     """A boot from 100 s to 160 s that asks DHCP with names at 110 s, and Azure for resources."""
 
     azure = SimpleNamespace(vm_name="myset_0", computer_name="myset000000")
-    vm = SimpleNamespace(azure=azure, setup=Setup(2))
+    vm = SimpleNamespace(azure=azure, setup=Setup(2), number=0)
     started, seconds, active_time, prompt_time, read_bytes = 100, 60, 130, 130, 40 * MIB
     stage, interface, console, fate = "system", "ens3", "Linux version 6", ""
 
@@ -139,7 +143,8 @@ class VerdictTest(unittest.TestCase):
         asks_again = FakeBoot("myset000000", "goalstate 200")
         refused = FakeBoot("golden", "goalstate 400 no header")
         unknown = FakeBoot("golden", "goalstate 404 not here")
-        report = request("health", "200", body=b"<Health><State>NotReady</State></Health>")
+        body = b"<Health><State>NotReady</State><Description>Ready</Description></Health>"
+        report = request("health", "200", body=body)
         not_ready = FakeBoot("golden", "goalstate 200", report)
         body = b"<State>NotReady</State><SubStatus>ProvisioningFailed</SubStatus>"
         final = request("health", "200", body=body)
@@ -148,11 +153,16 @@ class VerdictTest(unittest.TestCase):
         other_agent = request("goalstate", "200", {"User-Agent": "Cloud-Init/22.4.2"})
         two_agents = FakeBoot("golden myset000000", SOUND_REQUESTS, other_agent)
         lost = "ALERT!  LABEL=root does not exist.  Dropping to a shell!"
-        no_root = FakeBoot(console=lost, prompt_time=0)
+        no_root, no_nvme, no_vda = (
+            FakeBoot(
+                console=lost, prompt_time=0, vm=SimpleNamespace(**{**vars(FakeBoot.vm), **more})
+            )
+            for more in ({}, {"number": 1}, {"number": 1, "setup": Setup(1)})
+        )
         waagent = request("goalstate", "200", {"x-ms-agent-name": "WALinuxAgent"})
         cloud_init = [request(name, "200", other_agent.headers) for name in ("health", "compute")]
-        azures = FakeBoot("golden myset000000", "", *cloud_init, waagent)
         starts = request("health", "200", waagent.headers, b"<State>NotReady</State>")
+        azures = FakeBoot("golden myset000000", "", *cloud_init, waagent, starts)
         extensions = FakeBoot("golden myset000000", SOUND_REQUESTS, waagent)
         rivals = FakeBoot("golden myset000000", SOUND_REQUESTS, waagent, starts)
         late_rival = FakeBoot("myset000000", "", waagent, starts)
@@ -174,7 +184,8 @@ class VerdictTest(unittest.TestCase):
             ([FakeBoot(interface="")], [r"\? asks DHCP: .* was unknown"]),
             ([FakeBoot(interface="eth0")], ["FAIL asks DHCP: .* another interface name th"]),
             ([no_root], [r"\? asks DHCP: .* does not find its root .* virtio"]),
-            ([sound, no_root], ["FAIL second VM .*: asks DHCP: .* it is the disk driver"]),
+            ([sound, no_nvme], ["FAIL second VM .*: asks DHCP: .* it is the disk driver"]),
+            ([sound, no_vda], ["FAIL second VM .*: asks DHCP: .* another one in VM 2"]),
             ([slot, slot2], ["FAIL second .* bound to the PCI slot"]),
             ([with_dhcp], [r"\? reaches Azure: .* does not find .* another disk"]),
             ([panics], [r"\? asks DHCP: .* find its root", r"\? stays up: Kernel panic"]),
@@ -301,28 +312,29 @@ class VerdictTest(unittest.TestCase):
     def test_boot_is_watched_as_long_as_more_is_to_be_expected(self) -> None:
         """It began at 100 s, asked DHCP at 110 s, Azure at 120 s."""
         for second, name, asked, prompt, until, *console in (
-            (False, "golden", "", 0, 250),
-            (False, "", "", 130, 160),
+            (False, "golden", "", 0, 280),
+            (False, "", "", 130, 280),
             (False, "myset000000", SOUND_REQUESTS, 0, 140),
             (False, "myset000000", SOUND_REQUESTS, 139, 147),
             (False, "myset000000", SOUND_REQUESTS, 139, 159, WAAGENT_SAYS),
-            (False, "golden", "", 104, 120),
-            (False, "golden", "", 130, 160),
-            (True, "golden", "", 0, 250),
+            (False, "golden", "", 104, 260),
+            (False, "golden", "", 130, 280),
+            (True, "golden", "", 0, 280),
+            (True, "", "", 124, 274),
             (True, "myset000000", "", 0, 120),
             (True, "myset000000", "", 124, 132),
         ):
             with self.subTest(second=second, name=name, asked=asked, prompt=prompt):
                 boot: Any = FakeBoot(name, asked, prompt_time=prompt, console="\n".join(console))
                 boots = [boot] * (3 if second else 1)
-                self.assertEqual(rehearse.deadline(boots, 200), until)
+                self.assertEqual(rehearse.deadline(boots, 300), until)
                 self.assertEqual(rehearse.deadline(boots, 5), 105)
                 if (
                     second or asked
                 ) and not console:  # it is done, and waagent asks again and again
                     waagent = request("goalstate", "200", {"x-ms-agent-name": "WALinuxAgent"})
                     boot.requests.append(waagent._replace(time=135))
-                    self.assertEqual(rehearse.deadline(boots, 200), until)
+                    self.assertEqual(rehearse.deadline(boots, 300), until)
 
 
 class ProbeTest(unittest.TestCase):
@@ -467,10 +479,11 @@ class RehearseCommandTest(unittest.TestCase):
     @unittest.skipUnless(shutil.which("qemu-system-x86_64"), "needs QEMU")
     def test_qemu_that_is_told_to_end_says_nothing_of_the_image(self) -> None:
         process = self.start_endless_vm()
-        children, name, qemu = Path(f"/proc/{process.pid}/task/{process.pid}/children"), "", ""
-        while not name.startswith("qemu"):  # at first it is a copy of its parent
+        children, state, qemu = Path(f"/proc/{process.pid}/task/{process.pid}/children"), "", ""
+        # At first it is a copy of its parent, and then it does not handle the signal yet.
+        while not re.match(r"Name:\tqemu(.|\n)*SigCgt:\t\w+[4-7c-f]\w{3}\n", state):
             qemu = children.read_text().strip()
-            name = Path(f"/proc/{qemu}/comm").read_text() if qemu else ""
+            state = Path(f"/proc/{qemu}/status").read_text() if qemu else ""
         os.kill(int(qemu), signal.SIGTERM)
         _, errors = process.communicate(timeout=30)
         self.assertEqual(process.returncode, 2)
