@@ -482,7 +482,7 @@ def main(arguments: List[str]) -> int:
     """Rehearse; return the exit status."""
     options = parse_command_line(arguments)
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(stop) != signal.SIG_IGN:  # nohup
+        if stop != signal.SIGHUP or signal.getsignal(stop) != signal.SIG_IGN:  # by nohup
             signal.signal(stop, lambda number, frame: SIGNALS.append(number))
     boots: List[VMBoot] = []
     try:
