@@ -327,7 +327,7 @@ class RehearsalTest(VMTest):
         cases = [case for case in CASES if ONLY in (None, case.prepare.__name__)]
         self.assertTrue(cases, f"BOOT_CASE={ONLY}")
         self.assertLessEqual(set(REHEARSED), {case.prepare.__name__ for case in CASES})
-        with self.unvisited_port() as port, ThreadPoolExecutor(2) as pool:
+        with self.unvisited_port() as port, ThreadPoolExecutor(3) as pool:
             results = [pool.submit(self.build_and_rehearse, case, port) for case in cases]
             for case, result in zip(cases, results):
                 with self.subTest(case.prepare.__name__):
