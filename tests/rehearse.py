@@ -42,8 +42,8 @@ TROUBLE = re.compile(
 NAME_RESOURCES = ("computerName", "osProfile", "compute", "instance")
 
 # Agents by their User-Agent or x-ms-agent-name; cloud-init calls itself WALinuxAgent in the latter.
-AGENT_NAMES = ("cloud-init", "afterburn", "azure-init", "walinuxagent", "custom-provisioning")
 DAEMON = "walinuxagent"  # which talks to the WireServer for as long as the VM runs
+AGENT_NAMES = ("cloud-init", "afterburn", "azure-init", DAEMON, "custom-provisioning")
 
 CLEAR = "\r\x1b[K" if os.isatty(1) else ""  # the line that shows that we are alive
 
@@ -157,21 +157,23 @@ def deadline(boots: List[VMBoot], timeout: float) -> float:
     An agent may be done long before the boot is, and a VM that is still booting ignores its power
     button: hence the login prompt, and more patience if there is none.
     """
-    boot, second = boots[-1], len(boots) == 3
+    boot, reboot = boots[-1], len(boots) == 3
     ready, named, prompt = ready_time(boot), named_time(boot), boot.prompt_time
-    if not prompt and not (named if second else ready):
+    if not prompt and not (named if reboot else ready):
         last = boot.active_time
         patience = max(10 if stranded(boot) else SILENCE, (last - boot.started) / 2)
     else:
-        done = ready or second  # but a daemon goes on asking
+        done = ready or reboot  # but a daemon goes on asking
         asked = [each for each in boot.requests if not done or agent(each) != DAEMON]
         times = [event.time for events in (asked, boot.dhcp) for event in events]
         last = max([prompt, *times])
-        pace = (last if second else ready or prompt) - boot.started
-        finished = prompt and named and done and not awaits_waagent(boot)
-        patience = max(8, pace / 3) if finished else max(10, pace)
+        pace = (last if reboot else ready or prompt) - boot.started
         if not boot.dhcp or not done:
             patience = max(SILENCE, pace)
+        elif prompt and named and not awaits_waagent(boot):
+            patience = max(8, pace / 3)
+        else:
+            patience = max(10, pace)
     return min(last + patience, boot.started + timeout)
 
 
@@ -254,10 +256,8 @@ def reaches_azure(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     if not boot.dhcp:
         return NOT_REACHED
     what = "it asks DHCP but sends no request"
-    reason = (
-        "its unit is not enabled or cannot start, or a firewall blocks it: see its console, or "
-    )
-    return absent(what, f"{reason}what tests.check says of its tree", boot)
+    reason = "its unit is not enabled or cannot start, or a firewall blocks it: see its console, "
+    return absent(what, f"{reason}or what tests.check says of its tree", boot)
 
 
 def reports_ready(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
@@ -291,10 +291,10 @@ def takes_computer_name(boot: VMBoot, boots: List[VMBoot]) -> Outcome:
     for request in asked:
         late = 0 < named_time(boot) < request.time  # for another purpose
         if request.resource in NAME_RESOURCES and request.status == 200 and not late:
-            return PASS, f"{name}, from {printable(request.path.split('?')[0])}"
+            return PASS, f"{name}, from {request.path.split('?')[0]}"
     if named_time(boot):
         return PASS, f"{name}, from the provisioning DVD"
-    paths = printable(", ".join(sorted({request.path.split("?")[0] for request in asked})))
+    paths = ", ".join(sorted({request.path.split("?")[0] for request in asked}))
     return FAIL, f"it asked IMDS for {paths or 'nothing'}, not for {wanted}"
 
 
@@ -346,7 +346,7 @@ def agent(request: Request) -> str:
         if name in said:
             return name
     if request.resource in ("versions", "telemetrydata"):
-        return "walinuxagent"
+        return DAEMON
     return printable(headers.get("x-ms-agent-name", ""))
 
 

@@ -10,6 +10,7 @@ Times are in seconds of the monotonic clock.
 
 import contextlib
 import ctypes
+import errno
 import itertools
 import json
 import os
@@ -177,7 +178,7 @@ class Image(NamedTuple):
 
     def upload_commands(self) -> List[str]:
         """The commands that make of an image the VHD that Azure takes."""
-        source, commands = f"--image-opts {shlex.quote(printable(','.join(self.options)))}", []
+        source, commands = f"--image-opts {shlex.quote(','.join(self.options))}", []
         if self.size % MIB:
             commands = [f"qemu-img convert {source} -O raw disk.raw", "truncate -s %1M disk.raw"]
             if self.read(0, 512)[450] == GPT:
@@ -229,9 +230,8 @@ def efi_loaders(image: Image) -> Set[str]:
 
     Its short name is searched for, which only a directory has.
     """
-    table = image.read(0, 34 * 512).ljust(
-        34 * 512, b"\0"
-    )  # an MBR, and with it the usual place and size of a GPT
+    size = 34 * 512  # an MBR, and with it the usual place and size of a GPT
+    table = image.read(0, size).ljust(size, b"\0")
     if table[450] == GPT:
         entries = (struct.unpack_from("<QQ", table, at) for at in range(1056, len(table), 128))
         parts = [(first, last - first + 1) for first, last in entries]
@@ -281,14 +281,6 @@ def run_tool(*command: str, timeout: float = 60) -> str:
     return output
 
 
-def succeeds(*command: str, timeout: float = 60) -> bool:
-    """Whether a command succeeds within TIMEOUT s."""
-    with contextlib.suppress(VMError):
-        run_tool(*command, timeout=timeout)
-        return True
-    return False
-
-
 # The VM.
 
 MACHINES = {("x86_64", 1): "pc", ("x86_64", 2): "q35", ("aarch64", 2): "virt,gic-version=max"}
@@ -308,9 +300,7 @@ FIRMWARE = Path("/usr/share/qemu/firmware")  # docs/interop/firmware.json of QEM
 # mov al, 0xfe; out 0x64, al. For Arm: movz w1, N; subs w1, w1, 1; b.ne; and PSCI's SYSTEM_OFF:
 # movz w0, 8; movk w0, 0x8400, lsl 16; hvc 0.
 PROBES = {
-    "x86_64": bytes.fromhex("66b900e1f505 6649 75fc b0fe e664")
-    .ljust(16, b"\0")
-    .rjust(65536, b"\0"),
+    "x86_64": bytes.fromhex("66b900e1f505 6649 75fc b0fe e664 0000").rjust(65536, b"\0"),
     "aarch64": bytes.fromhex("a1bea052 21040071 e1ffff54 00018052 0080b072 020000d4"),
 }
 KVM_TIMEOUT = 2  # seconds
@@ -372,8 +362,10 @@ def runs_guest(setup: Setup, timeout: float) -> bool:
     with tempfile.NamedTemporaryFile(prefix="azure-vm-") as firmware:
         firmware.write(PROBES[setup.architecture])
         firmware.flush()
-        words = ("-no-reboot", "-bios", firmware.name)
-        return succeeds(*setup.machine(), *words, timeout=timeout)
+        with contextlib.suppress(VMError):
+            run_tool(*setup.machine(), "-no-reboot", "-bios", firmware.name, timeout=timeout)
+            return True
+    return False
 
 
 class VM(contextlib.ExitStack):
@@ -423,14 +415,16 @@ class VM(contextlib.ExitStack):
             f",guestfwd=tcp:{address}:{port}-cmd:{relay} {address}" for address, port in SERVICES
         )
         backing = ",".join(f"backing.{option}" for option in self.image.options)
-        disk = f"if=none,id=disk,cache=unsafe,driver=qcow2,file.filename=disk,{backing}"
+        disk = "if=none,id=disk,cache=unsafe,werror=stop,rerror=stop,driver=qcow2,"
+        disk += f"file.filename=disk,{backing}"
         # The second VM is another size: of generation 2 one with NVMe disks only, of generation 1
         # one with another disk before it, as Azure's temporary disk can be.
         slot, driver, temporary = "0x3", "virtio-blk-pci", []
         if self.number:
-            slot, driver = "0x12", "nvme,serial=1"
-        if self.number and setup.generation == 1:
-            driver = "virtio-blk-pci"
+            slot = "0x12"
+        if self.number and setup.generation == 2:
+            driver = "nvme,serial=1"
+        elif self.number:
             drive = "if=none,id=temporary,driver=null-co,size=16M,read-zeroes=on"
             temporary = ["-drive", drive, "-device", "virtio-blk-pci,drive=temporary"]
         return [
@@ -447,12 +441,7 @@ class VM(contextlib.ExitStack):
             *("-object", "filter-mirror,id=from,netdev=net,queue=rx,outdev=sent"),
             *("-object", "filter-redirector,id=to,netdev=net,queue=tx,outdev=old,indev=new"),
             *temporary,
-            *(
-                "-drive",
-                f"{disk},werror=stop,rerror=stop",
-                "-device",
-                f"{driver},drive=disk,bootindex=0",
-            ),
+            *("-drive", disk, "-device", f"{driver},drive=disk,bootindex=0"),
             *("-drive", "if=none,id=dvd,media=cdrom,format=raw,readonly=on,file.filename=dvd"),
             *("-device", "virtio-scsi-pci", "-device", "scsi-cd,drive=dvd"),
             *(("-device", "VGA") if setup.architecture == "x86_64" else ()),
@@ -551,10 +540,9 @@ class VMBoot:
         """Raise VMError if this machine has failed the VM; have QEMU tell what it has read."""
         self._order("query-blockstats")
         # An NVMe disk does not tell that writing has failed.
-        if shutil.disk_usage(self.vm.path(".")).free < MIB:
-            self.failure = "No space left on device"
-        if "space" in self.failure:
-            self.failure += f": {tempfile.gettempdir()} (TMPDIR chooses another)"
+        full = os.strerror(errno.ENOSPC)
+        if self.failure == full or shutil.disk_usage(self.vm.path(".")).free < MIB:
+            raise VMError(f"{full}: {tempfile.gettempdir()} (TMPDIR chooses another)")
         if self.failure:
             errors = printable(self._errors.read_bytes().partition(b"\n")[0])
             raise VMError(f"{self.failure}{errors and ': '}{errors}")
